@@ -1,0 +1,67 @@
+"""Sapwood: prune any PyTorch model before it is trained.
+
+>>> import torch, sapwood
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+>>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+>>> result = sapwood.prune(model, sparsity=0.9, input_shape=(8,))
+>>> handle = sapwood.attach(result.masks, model, optimizer)  # zeros that stay zero, in your own training loop
+"""
+
+from sapwood.allocation import Global, Layerwise
+from sapwood.attach import Attachment, assert_masked, attach
+from sapwood.batches import Data
+from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
+from sapwood.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    MaskError,
+    MaskFileError,
+    SapwoodError,
+    SapwoodWarning,
+    ScoreError,
+    UnsupportedModelError,
+)
+from sapwood.functional import FunctionalModel
+from sapwood.interop import from_torch_prune, to_torch_prune
+from sapwood.masks import Masks, fingerprint
+from sapwood.methods import METHODS, prunable, prune
+from sapwood.pruning import Method, Result, Round, iterate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Attachment",
+    "BudgetError",
+    "ConfigError",
+    "Data",
+    "DataError",
+    "FunctionalModel",
+    "Global",
+    "Grasp",
+    "Layerwise",
+    "Magnitude",
+    "MaskError",
+    "MaskFileError",
+    "Masks",
+    "Method",
+    "NtkSap",
+    "Random",
+    "Result",
+    "Round",
+    "SapwoodError",
+    "SapwoodWarning",
+    "ScoreError",
+    "Snip",
+    "SynFlow",
+    "UnsupportedModelError",
+    "assert_masked",
+    "attach",
+    "fingerprint",
+    "from_torch_prune",
+    "iterate",
+    "prunable",
+    "prune",
+    "to_torch_prune",
+]

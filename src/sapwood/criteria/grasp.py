@@ -1,0 +1,61 @@
+"""GraSP: keep what the gradient flow needs (Wang, Zhang, Grosse 2020).
+
+Formula (eq. 8): S(-w) = -w * (H g), the change of the squared gradient norm when a weight is removed; the *largest*
+-w*Hg are pruned, so the score that is kept here is w * (H g), signed. H and g belong to the loss with logits divided by
+`temperature`, at the effective weights, summed over all samples.
+
+Defaults: one round, temperature 200 (authors' code). BatchNorm uses batch statistics.
+
+Departures from the authors' code: both passes see the same batches (some ports iterate a shuffled loader twice); the
+weights that will be trained are scored, not a re-initialised copy; missing classes are the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sapwood.batches import Data, size
+from sapwood.functional import FunctionalModel, differentiate
+from sapwood.masks import Masks
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """w * (H g).
+
+    Attributes:
+        temperature: What logits are divided by before the loss.
+        batch_statistics: BatchNorm normalises with each batch's statistics (else with the running ones).
+    """
+
+    temperature: float = 200.0
+    batch_statistics: bool = True
+
+    def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scores every weight; pruned ones get 0."""
+        batches = data.labelled()
+        scores = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
+        with _twice_differentiable(net):
+            direction = net.gradient(masks, batches, temperature=self.temperature, train=self.batch_statistics)
+            for batch in batches:
+                leaves = net.leaves(masks)
+                loss = net.loss(leaves, batch, temperature=self.temperature, train=self.batch_statistics) * size(batch)
+                gradient = differentiate(loss, leaves, create_graph=True)
+                slope = sum((gradient[name] * direction[name]).sum() for name in leaves)
+                for name, product in differentiate(slope, leaves).items():  # type: ignore[arg-type]
+                    scores[name] += leaves[name].detach() * product
+        return scores
+
+
+@contextmanager
+def _twice_differentiable(net: FunctionalModel) -> Iterator[None]:
+    """Fused attention kernels, and cuDNN's recurrent ones, have no second derivative; the plain ones do."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in net.module.modules())
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=not recurrent):
+        yield

@@ -1,0 +1,28 @@
+"""Random scores: the control that every method must beat.
+
+With the global allocation this is the paper's "Random"; with Erdős-Rényi-Kernel densities it is the much stronger
+"ERK-random" (Evci et al. 2020; Liu et al. 2022). Needs no data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sapwood.batches import Data
+from sapwood.functional import FunctionalModel
+from sapwood.masks import Masks
+
+
+@dataclass(frozen=True)
+class Random:
+    """One uniform draw for every weight."""
+
+    def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scores every weight."""
+        return {
+            name: torch.rand(weight.shape, generator=generator, device=weight.device)
+            for name, weight in net.weights.items()
+        }

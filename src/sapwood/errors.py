@@ -1,0 +1,50 @@
+"""Every error that Sapwood raises on purpose: one hierarchy, so that one `except SapwoodError` catches them all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SapwoodError(Exception):
+    """Base of all errors below; its message says what was expected, what came, and what to do."""
+
+
+class UnsupportedModelError(SapwoodError):
+    """The model (or one of its layers) cannot be pruned by this method."""
+
+
+class BudgetError(SapwoodError, ValueError):
+    """A density, sparsity, compression or per-layer floor that cannot be met."""
+
+
+class ScoreError(SapwoodError):
+    """A criterion gave NaN or infinite scores, or scores of the wrong shape."""
+
+
+class MaskError(SapwoodError):
+    """Masks that do not fit the model, or that the model's weights no longer obey."""
+
+
+class MaskFileError(MaskError):
+    """A mask file that is missing, truncated, not a mask file, or of another format version."""
+
+
+class DataError(SapwoodError):
+    """Data that is missing, damaged, empty, or lacks what a method needs."""
+
+
+class ConfigError(SapwoodError, ValueError):
+    """A name or setting that does not exist or has an illegal value."""
+
+
+def unknown_name(kind: str, name: str, legal: Iterable[str]) -> ConfigError:
+    """Builds the error for a wrong name: the nearest legal one first, then all of them."""
+    choices = sorted(legal)
+    near = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"Unknown {kind} {name!r}.{hint} Legal: {', '.join(choices)}.")
+
+
+class SapwoodWarning(UserWarning):
+    """Something that a user should look at, though the result stands (a collapsed layer, a zero-initialised branch)."""

@@ -1,0 +1,273 @@
+"""A model as a function of its weights: the only place that runs the user's module while scoring.
+
+`FunctionalModel.of(model, ...)` copies the module's structure without its tensors and references the tensors
+themselves. Effective weights, perturbed copies, fresh draws and absolute values are then just other dictionaries;
+nothing is ever written into the user's module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+
+from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_tensor, size, target_of
+from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
+from sapwood.isolation import skeleton, unwrapped
+from sapwood.masks import Masks
+from sapwood.prunable import Pattern, Weight, all_weights, select
+
+Params = dict[str, Tensor]
+Forward = Callable[[nn.Module, Batch], Any]
+Loss = Callable[[Any, Any], Tensor]
+BatchNorm = nn.modules.batchnorm._BatchNorm
+NOT_A_SCALE = ("bias", "beta", "token", "embed", "pos")
+
+
+@dataclass(frozen=True)
+class FunctionalModel:
+    """A module's structure, its tensors, and how to run it and measure its loss.
+
+    Attributes:
+        module: The tensor-free copy that is run.
+        params: All parameters by name, detached, float32 or float64. Never written to.
+        buffers: All buffers by name. Never written to.
+        prunable: Names of the weights under pruning, in order.
+        fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
+        loss_fn: The user's `loss(output, target)`, the mean over a batch, or None.
+    """
+
+    module: _Runner
+    params: Params
+    buffers: Params
+    prunable: tuple[str, ...]
+    fan_in: dict[str, int]
+    loss_fn: Loss | None = None
+    norms: tuple[BatchNorm, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        include: Iterable[Pattern] | Pattern = (),
+        exclude: Iterable[Pattern] | Pattern = (),
+        loss: Loss | None = None,
+        forward: Forward | None = None,
+        zero_init: str = "ones",
+    ) -> FunctionalModel:
+        """Reads a module.
+
+        Args:
+            model: Any `nn.Module`; DDP and `torch.compile` wrappers are looked through.
+            include: Further parameters to prune (see `sapwood.prunable.select`).
+            exclude: Parameters not to prune.
+            loss: `loss(output, target)`, the mean over the batch; for mapping batches `loss(output, batch)`. Default:
+                the model's own `.loss` for mapping batches, else cross-entropy.
+            forward: `forward(model, inputs)` for models that are not simply called; `inputs` is the first of a pair, or
+                a mapping without its labels.
+            zero_init: `"ones"` scores a model whose residual branches begin closed (zero-gamma BatchNorm, LayerScale)
+                as if they were open; `"keep"` scores it as it is.
+
+        Raises:
+            UnsupportedModelError: the model cannot be read, or has nothing to prune.
+            ScoreError: a parameter holds NaN or infinite values.
+        """
+        model = unwrapped(model)
+        _refuse_unreadable(model)
+        weights = all_weights(model)
+        prunable = tuple(weight.name for weight in select(model, include, exclude))
+        params = {weight.name: _readable(weight) for weight in weights}
+        if zero_init == "ones":
+            params |= _opened(params)
+        copy = skeleton(model).eval()
+        norms = tuple(m for m in copy.modules() if isinstance(m, BatchNorm))
+        for norm in norms:
+            norm.momentum = 1.0  # one train-mode pass makes the running statistics those of its batch
+        return cls(
+            module=_Runner(copy, forward),
+            params=params,
+            buffers={name: buffer.detach() for name, buffer in model.named_buffers()},
+            prunable=prunable,
+            fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
+            loss_fn=loss,
+            norms=norms,
+        )
+
+    @property
+    def weights(self) -> Params:
+        """The prunable weights."""
+        return {name: self.params[name] for name in self.prunable}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first prunable weight is, and so where generators and inputs must be."""
+        return self.params[self.prunable[0]].device
+
+    def run(
+        self, params: Mapping[str, Tensor], batch: Batch, *, buffers: Params | None = None, train: bool = False
+    ) -> Any:
+        """The model's raw output with `params` in place of its own.
+
+        Args:
+            params: Parameters to replace; the others are the model's own.
+            batch: Any batch; floating-point inputs are cast to the weights' dtype.
+            buffers: Buffers to use (a train-mode pass updates these in place); default: clones of the model's own.
+            train: BatchNorm normalises with the batch's statistics. Everything else stays in eval mode (no dropout).
+
+        Raises:
+            UnsupportedModelError: the model failed on this input.
+        """
+        for norm in self.norms:
+            norm.training = train
+        dtype = params.get(self.prunable[0], self.params[self.prunable[0]]).dtype
+        state = {
+            **self.params,
+            **params,
+            **({k: v.clone() for k, v in self.buffers.items()} if buffers is None else buffers),
+        }
+        try:
+            return functional_call(self.module, {f"model.{k}": v for k, v in state.items()}, (cast(batch, dtype),))
+        except (SapwoodError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"The model failed on an input of {_describe(inputs_of(batch))}: {error} (input_shape is one sample's "
+                "shape without the batch; batches are (input, target) or a mapping of keyword arguments.)"
+            ) from error
+
+    def outputs(self, params: Mapping[str, Tensor], batch: Batch, **options: Any) -> Tensor:
+        """The model's logits: see `run`."""
+        return output_tensor(self.run(params, inputs_of(batch), **options))
+
+    def loss(
+        self, params: Mapping[str, Tensor], batch: Batch, *, temperature: float = 1.0, train: bool = True
+    ) -> Tensor:
+        """Mean loss over a labelled batch, its logits divided by `temperature`."""
+        own = self.loss_fn is None and isinstance(batch, Mapping) and self.module.takes_labels
+        output = self.run(params, batch if own else inputs_of(batch), train=train)
+        if own and isinstance(getattr(output, "loss", None), Tensor):
+            if temperature != 1:
+                raise UnsupportedModelError(
+                    f"The loss comes from the model itself, so its logits cannot be divided by {temperature:g}; "
+                    "set temperature=1 or pass loss=."
+                )
+            return output.loss  # type: ignore[no-any-return]
+        if temperature != 1:
+            output = output_tensor(output) / temperature
+        if self.loss_fn is None:
+            return cross_entropy(output, target_of(batch))
+        return self.loss_fn(output, batch if isinstance(batch, Mapping) else target_of(batch))
+
+    def calibrated(self, params: Mapping[str, Tensor], batch: Batch) -> Params:
+        """Buffers in which every BatchNorm has this batch's statistics (mean, unbiased variance) under `params`."""
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        if self.norms:
+            with torch.no_grad():
+                self.run(params, batch, buffers=buffers, train=True)
+        return buffers
+
+    def gradient(
+        self, masks: Masks, batches: Iterable[Batch], *, temperature: float = 1.0, train: bool = True
+    ) -> Params:
+        """Gradient of the loss, summed over samples, with respect to the effective weights w*m."""
+        total = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for batch in batches:
+            leaves = self.leaves(masks)
+            loss = self.loss(leaves, batch, temperature=temperature, train=train) * size(batch)
+            for name, gradient in differentiate(loss, leaves).items():
+                total[name] += gradient
+        return total
+
+    def leaves(self, masks: Masks) -> Params:
+        """Effective weights w*m as leaves of a new graph."""
+        return {name: weight.requires_grad_() for name, weight in masks.apply(self.weights).items()}
+
+
+def differentiate(value: Tensor, leaves: Params, *, create_graph: bool = False) -> Params:
+    """Gradients of a scalar by name; zero where it does not depend on a leaf.
+
+    Raises:
+        UnsupportedModelError: it depends on none of them.
+    """
+    if not value.requires_grad:
+        raise UnsupportedModelError(
+            "The model's output does not depend on any prunable weight through autograd (a detach, no_grad or integer "
+            "cast in its forward?)."
+        )
+    gradients = torch.autograd.grad(value, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+class _Runner(nn.Module):
+    """Lets the user's `forward(model, inputs)` call any method of the model under replaced weights."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+        super().__init__()
+        self.model = model
+        self.run = forward or call
+        self.takes_labels = forward is None and "labels" in inspect.signature(model.forward).parameters
+
+    def forward(self, batch: Batch) -> Any:
+        return self.run(self.model, batch)
+
+
+def _readable(weight: Weight) -> Tensor:
+    tensor = weight.tensor.detach()
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ScoreError(f"The parameter {weight.name!r} holds NaN or infinite values; nothing can be scored with it.")
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _refuse_unreadable(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise UnsupportedModelError(f"{name!r} has no shape yet: run one forward pass first (lazy module).")
+        if isinstance(parameter, DTensor):
+            raise UnsupportedModelError(
+                f"{name!r} is sharded: prune the model first, then fully_shard it, then attach the masks."
+            )
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"{name!r} is on the meta device: give it values first.")
+        if parameter.is_complex():
+            raise UnsupportedModelError(f"{name!r} is complex; only real weights can be scored.")
+
+
+def _opened(params: Params) -> Params:
+    """Scale vectors that close a branch at initialisation (all one small constant), set to one."""
+    closed = [name for name, p in params.items() if _is_scale(name, p) and _is_small_constant(p)]
+    if closed:
+        warnings.warn(
+            f"{len(closed)} scales are initialised to zero or nearly so ({closed[0]!r}, ...): scored as ones, so that "
+            "their branches are not pruned by an accident of initialisation; zero_init='keep' scores them as they are.",
+            SapwoodWarning,
+            stacklevel=4,
+        )
+    return {name: torch.ones_like(params[name]) for name in closed}
+
+
+def _is_scale(name: str, parameter: Tensor) -> bool:
+    """A scalar, or one number per channel: (C,), (C, 1, 1); not (1, 1, C), which is a token or a position."""
+    per_channel = parameter.dim() == 0 or parameter.numel() == parameter.shape[0]
+    return per_channel and not any(word in name.rpartition(".")[2] for word in NOT_A_SCALE)
+
+
+def _is_small_constant(parameter: Tensor) -> bool:
+    first = parameter.flatten()[0]
+    return bool(first.abs() <= 0.1) and bool((parameter == first).all())
+
+
+def _describe(inputs: Batch) -> str:
+    shape = getattr(inputs, "shape", None)
+    if shape is not None:
+        return f"shape {tuple(shape)}"
+    if isinstance(inputs, Mapping):
+        return "keys " + ", ".join(map(str, inputs))
+    raise DataError(f"A batch is {type(inputs).__name__}; a tensor, a pair (input, target) or a mapping was expected.")

@@ -1,0 +1,142 @@
+"""The front door: `prune(model, method=..., density=...)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapwood.allocation import target_density
+from sapwood.batches import Batch, Data
+from sapwood.functional import Forward, FunctionalModel, Loss
+from sapwood.isolation import isolated, unwrapped
+from sapwood.masks import Masks, fingerprint
+from sapwood.methods.table import configured, criterion_fields, find
+from sapwood.prunable import Pattern, select
+from sapwood.pruning import Criterion, Method, Result, Round, iterate
+
+
+def prune(  # noqa: PLR0913  # the front door: every argument but the model is a keyword
+    model: nn.Module,
+    *,
+    method: str | Method | Criterion = "ntk-sap",
+    density: float | None = None,
+    sparsity: float | None = None,
+    compression: float | None = None,
+    input_shape: Iterable[int] | None = None,
+    batches: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+    include: Iterable[Pattern] | Pattern = (),
+    exclude: Iterable[Pattern] | Pattern = (),
+    min_per_layer: int = 0,
+    zero_init: str = "ones",
+    seed: int = 0,
+    on_round: Callable[[Round, Masks], Any] | None = None,
+    **fields: Any,
+) -> Result:
+    """Finds which weights of a model to keep. The model itself is not changed: see `attach` for that.
+
+    Args:
+        model: Any `nn.Module`, on any device, in any mode.
+        method: A name of `METHODS` ("ntk-sap", "random", "erk", "magnitude", "snip", "iter-snip", "force", "grasp",
+            "synflow"), an import path "package.module:object", a `Method`, or a criterion.
+        density: Share of the prunable weights to keep, (0, 1]. Exactly one of these three words is given, or none where
+            `allocation` brings a density with it.
+        sparsity: 1 - density, [0, 1).
+        compression: 1 / density, 1 or more.
+        input_shape: Shape of one sample without the batch, e.g. (3, 32, 32); for NTK-SAP and SynFlow.
+        batches: Any iterable of (input, target) pairs, or of mappings (Hugging Face style); read once and whole.
+        loss: `loss(output, target)`, the mean over the batch; for mappings `loss(output, batch)`. Default: the model's
+            own `.loss` for mappings with labels, else cross-entropy.
+        forward: `forward(model, inputs)`, for models that are not simply called.
+        include: What to prune besides the weights of linear, convolution, attention and recurrent layers: names, globs,
+            module types, modules.
+        exclude: What to leave dense; it does not count into the density.
+        min_per_layer: Weights that every layer keeps at least.
+        zero_init: "ones" scores zero-initialised branch scales (zero-gamma BatchNorm, LayerScale) as ones, "keep" as
+            they are.
+        seed: Seed of every random draw; the global generators are left as they were.
+        on_round: Called after every round with its record and masks.
+        **fields: Fields of the method (rounds, schedule, allocation, regrow) and of its criterion (for NTK-SAP:
+            resamples, samples, batch_size, epsilon, fresh_weights, random_inputs).
+
+    Returns:
+        Masks that keep exactly round(density x prunable weights), the history, seconds and seed.
+
+    Raises:
+        BudgetError: the budget cannot be met, or not exactly one of the three words is given.
+        ConfigError: an unknown method, field or pattern.
+        DataError: the method needs batches, targets or an input shape that were not given.
+        ScoreError: a weight or a score is NaN or infinite.
+        UnsupportedModelError: the model cannot be scored, or has nothing to prune.
+
+    Example:
+        >>> import torch, sapwood
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> result = sapwood.prune(model, density=0.1, input_shape=(8,))
+        >>> result.masks.kept, result.masks.total
+        (38, 384)
+    """
+    begin = time.perf_counter()
+    name, found = find(method)
+    recipe = configured(name, found, fields)
+    density = _density(recipe, density, sparsity, compression)
+    core = unwrapped(model)
+    device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
+    with isolated(seed, device):
+        data = Data.collect(batches, input_shape, device)
+        net = FunctionalModel.of(
+            core, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init
+        )
+        generator = torch.Generator(net.device).manual_seed(seed)
+        masks, history = iterate(net, recipe, data, density, generator, min_per_layer=min_per_layer, on_round=on_round)
+    masks = dataclasses.replace(masks, provenance=_provenance(name, recipe, seed, density, core))
+    return Result(masks, history, time.perf_counter() - begin, seed, name)
+
+
+def prunable(
+    model: nn.Module, include: Iterable[Pattern] | Pattern = (), exclude: Iterable[Pattern] | Pattern = ()
+) -> dict[str, Tensor]:
+    """The weights that `prune` would prune, by name, in order; tied weights once."""
+    return {weight.name: weight.tensor for weight in select(unwrapped(model), include, exclude)}
+
+
+def _density(recipe: Method, density: float | None, sparsity: float | None, compression: float | None) -> float:
+    words = (density, sparsity, compression)
+    if isinstance(recipe.allocation, Masks) and words == (None, None, None):
+        return recipe.allocation.density
+    return target_density(*words)
+
+
+def _provenance(name: str, recipe: Method, seed: int, density: float, model: nn.Module) -> dict[str, Any]:
+    criterion = recipe.criterion
+    own = {key: getattr(criterion, key) for key in sorted(criterion_fields(recipe))}
+    return {
+        "method": name,
+        "fields": {
+            **{key: value for key, value in own.items() if isinstance(value, bool | int | float | str | None)},
+            "rounds": recipe.rounds,
+            "schedule": recipe.schedule,
+            "allocation": _described(recipe.allocation),
+            "regrow": recipe.regrow,
+        },
+        "seed": seed,
+        "density": density,
+        "torch": torch.__version__,
+        "sapwood": importlib.metadata.version("sapwood"),
+        "fingerprint": fingerprint(dict(model.named_parameters())),
+    }
+
+
+def _described(allocation: Any) -> Any:
+    if isinstance(allocation, Masks):
+        return "like masks"
+    if isinstance(allocation, Mapping):
+        return dict(allocation)
+    return allocation if isinstance(allocation, str) else repr(allocation)

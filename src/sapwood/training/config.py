@@ -1,0 +1,81 @@
+"""The settings of a training run, with the defaults of the NTK-SAP authors' CIFAR-10 script."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from sapwood.errors import ConfigError, unknown_name
+
+SCHEDULES = ("step", "cosine", "one-cycle")
+PRECISIONS = ("float32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained by SGD; the defaults are those of ResNet-20 on CIFAR-10 in Wang, Li, Sun (2023).
+
+    Attributes:
+        epochs: Passes over the training set.
+        batch_size: Images in a batch.
+        lr: Learning rate, after warm-up; the peak for `one-cycle`.
+        milestones: For `step`: the epochs (counted from the start of training) at which `lr` is multiplied by `gamma`.
+        gamma: For `step`: the factor at each milestone.
+        schedule: `step`, `cosine` (to zero at the end, no restarts) or `one-cycle` (rises over the first 30 %).
+        warmup_epochs: Epochs over which `lr` first rises linearly; not with `one-cycle`, which has its own rise.
+        momentum: Of SGD.
+        nesterov: Whether the momentum is Nesterov's.
+        weight_decay: On all parameters, biases and normalisation included, as in the authors' code.
+        validation: Share of the training set that is held out, in [0, 1).
+        precision: `float32`, or `bf16`/`fp16` for autocast (`fp16` scales the loss).
+        channels_last: Whether convolution weights are laid out channels-last, which tensor cores prefer.
+        seed: Of the data order, the augmentation and dropout.
+    """
+
+    epochs: int = 160
+    batch_size: int = 128
+    lr: float = 0.1
+    milestones: tuple[int, ...] = (80, 120)
+    gamma: float = 0.1
+    schedule: str = "step"
+    warmup_epochs: int = 0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    validation: float = 0.0
+    precision: str = "float32"
+    channels_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values that could not have been meant.
+
+        Raises:
+            ConfigError: a setting is out of range, or two settings exclude each other.
+        """
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.schedule, SCHEDULES)
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        for name, low in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("weight_decay", 0), ("momentum", 0)):
+            _require(self, name, getattr(self, name) >= low, f"at least {low}")
+        _require(self, "lr", self.lr > 0, "above 0")
+        _require(self, "gamma", self.gamma > 0, "above 0")
+        _require(self, "validation", 0 <= self.validation < 1, "in [0, 1)")
+        _require(self, "nesterov", not self.nesterov or self.momentum > 0, "False where momentum is 0")
+        _require(self, "warmup_epochs", self.warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
+        if self.schedule == "one-cycle":
+            _require(self, "warmup_epochs", self.warmup_epochs == 0, "0 with schedule 'one-cycle', which has its own")
+        if self.schedule == "step":
+            rising = all(a < b for a, b in zip((self.warmup_epochs, *self.milestones), self.milestones, strict=False))
+            _require(self, "milestones", rising, "rising epochs, all after the warm-up")
+
+
+def differences(saved: dict[str, object], config: TrainConfig) -> list[str]:
+    """Lists `field: saved -> now` for every setting that `saved` (from `dataclasses.asdict`) has otherwise."""
+    pairs = [(field.name, saved.get(field.name), getattr(config, field.name)) for field in fields(config)]
+    return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
+
+
+def _require(config: TrainConfig, name: str, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, got {getattr(config, name)!r}.")
