@@ -24,6 +24,9 @@ except RuntimeError:
     _declare_torchvision_schemas()
 
 
+torch.set_num_threads(1)  # tiny nets: a second thread only waits, and for ages when the cores are shared
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """The case table: small networks of every kind that Sapwood promises to prune, with one sample's shape."""
 
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -93,7 +94,7 @@ def convolutional(dim: int, norm: type[nn.Module] | None) -> nn.Module:
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, bias: bool = True, norm: type | None = None) -> nn.Module:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs, bias=bias), *([norm(outputs)] if norm else []), activation()]
     return nn.Sequential(*layers[: -2 if norm else -1])
 
@@ -127,5 +128,15 @@ def sentences(samples: int = 4, length: int = 5) -> list[dict[str, torch.Tensor]
     return [{"input_ids": ids, "attention_mask": attention, "labels": ids.flip(1)}]
 
 
-QUICK = {"ntk-sap": {"rounds": 3, "resamples": 2, "samples": 16}, "iter-snip": {"rounds": 4}, "force": {"rounds": 4}, "synflow": {"rounds": 10}}
+QUICK = {
+    "ntk-sap": {"rounds": 3, "resamples": 2, "samples": 16},
+    "iter-snip": {"rounds": 4},
+    "force": {"rounds": 4},
+    "synflow": {"rounds": 10},
+}
 """Fields that make every method quick."""
+
+
+def by_magnitude(net, masks, data, generator):
+    """A criterion that tests import by path."""
+    return {name: weight.abs() for name, weight in net.weights.items()}

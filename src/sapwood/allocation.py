@@ -44,7 +44,7 @@ class Global:
             if floors[name]:
                 ranked = ranked.masked_fill(_top(ranked, floors[name]), math.inf)
             flat.append(ranked)
-        chosen = _top(torch.cat(flat), keep).split([s.numel() for s in scores.values()])
+        chosen = _top(torch.cat(flat), keep).split([s.numel() for s in scores.values()])  # type: ignore[no-untyped-call]
         return Masks({name: c.reshape(scores[name].shape) for name, c in zip(scores, chosen, strict=True)})
 
 
@@ -115,7 +115,7 @@ def allocation(rule: str | Masks | Mapping[str, float] | Allocation, min_per_lay
     if isinstance(rule, Masks):
         return Layerwise({name: count.density for name, count in rule.per_layer().items()}, min_per_layer)
     if isinstance(rule, Mapping):
-        return Layerwise(dict(rule), min_per_layer)
+        return Layerwise(rule, min_per_layer)
     if not isinstance(rule, str):
         return rule
     if rule not in NAMES:
@@ -143,7 +143,7 @@ def target_density(density: float | None, sparsity: float | None, compression: f
     if not legal[word]:
         bounds = {"density": "above 0, at most 1", "sparsity": "0 or more, below 1", "compression": "1 or more"}
         raise BudgetError(f"{word} is {value}; it must be {bounds[word]} (a share, not a percentage).")
-    return {"density": value, "sparsity": 1 - value, "compression": 1 / value}[word]
+    return 1 - value if word == "sparsity" else 1 / value if word == "compression" else value
 
 
 def budget(density: float, total: int) -> int:

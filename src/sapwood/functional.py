@@ -111,6 +111,11 @@ class FunctionalModel:
         """Where the first prunable weight is, and so where generators and inputs must be."""
         return self.params[self.prunable[0]].device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the weights are scored."""
+        return self.params[self.prunable[0]].dtype
+
     def run(
         self, params: Mapping[str, Tensor], batch: Batch, *, buffers: Params | None = None, train: bool = False
     ) -> Any:
@@ -139,7 +144,7 @@ class FunctionalModel:
             raise
         except Exception as error:
             raise UnsupportedModelError(
-                f"The model failed on an input of {_describe(inputs_of(batch))}: {error} (input_shape is one sample's "
+                f"The model failed on an input of {_describe(inputs_of(batch))}: {error}. (input_shape is one sample's "
                 "shape without the batch; batches are (input, target) or a mapping of keyword arguments.)"
             ) from error
 

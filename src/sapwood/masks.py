@@ -26,7 +26,7 @@ from sapwood.errors import MaskError, MaskFileError
 
 FORMAT = "sapwood-masks"
 VERSION = "1"
-WRAPPERS = ("module", "_orig_mod", "_forward_module")
+WRAPPERS = ("_orig_mod", "_forward_module")
 
 
 class Count(NamedTuple):
@@ -42,13 +42,13 @@ class Count(NamedTuple):
 
 
 def clean_name(name: str) -> str:
-    """Strips what DDP (`module.`), `torch.compile` (`_orig_mod.`) and Fabric (`_forward_module.`) put before a name.
+    """Strips what DDP (`module.`), `torch.compile` (`_orig_mod.`) and Fabric (`_forward_module.`) put into a name.
 
     >>> clean_name("module._orig_mod.fc.weight")
     'fc.weight'
     """
-    parts = name.split(".")
-    while parts[0] in WRAPPERS and len(parts) > 1:
+    parts = [part for part in name.split(".") if part not in WRAPPERS]  # a compiled submodule has one in the middle
+    while parts[0] == "module" and len(parts) > 1:
         parts = parts[1:]
     return ".".join(parts)
 

@@ -40,10 +40,17 @@ class Weight:
     def is_layer_weight(self) -> bool:
         """Whether it is a weight that is pruned by default."""
         leaf = self.name.rpartition(".")[2]
-        named_weight = (
-            "weight" in leaf and not leaf.endswith("weight_g")
-        ) or "parametrizations.weight.original" in self.name
-        return self.tensor.dim() >= 2 and named_weight and all(_is_layer(owner) for owner in self.owners)
+        parametrized = self.name.endswith("parametrizations.weight.original") or self.is_normalised
+        return (
+            self.tensor.dim() >= 2
+            and ("weight" in leaf or parametrized)
+            and all(_is_layer(owner) for owner in self.owners)
+        )
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether it is a factor of a weight under weight_norm, which divides by the norm of every unit's weights."""
+        return self.name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1"))
 
     @property
     def fan_in(self) -> int:
@@ -107,6 +114,12 @@ def select(
             f"{type(model).__name__} has nothing to prune: no weight of a linear, convolution, attention or recurrent "
             "layer is left. Name parameters with include=, or exclude less."
         )
+    for weight in chosen:
+        if weight.is_normalised:
+            raise UnsupportedModelError(
+                f"{weight.name!r} is under weight_norm, where a unit that loses all its weights becomes 0/0. Remove the "
+                "weight_norm before pruning, or exclude the layer."
+            )
     return chosen
 
 

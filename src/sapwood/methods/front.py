@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,7 @@ from sapwood.allocation import target_density
 from sapwood.batches import Batch, Data
 from sapwood.functional import Forward, FunctionalModel, Loss
 from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, fingerprint
+from sapwood.masks import Masks, clean_names, fingerprint
 from sapwood.methods.table import configured, criterion_fields, find
 from sapwood.prunable import Pattern, select
 from sapwood.pruning import Criterion, Method, Result, Round, iterate
@@ -96,7 +95,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         )
         generator = torch.Generator(net.device).manual_seed(seed)
         masks, history = iterate(net, recipe, data, density, generator, min_per_layer=min_per_layer, on_round=on_round)
-    masks = dataclasses.replace(masks, provenance=_provenance(name, recipe, seed, density, core))
+    masks = Masks(clean_names(masks), _provenance(name, recipe, seed, density, core))
     return Result(masks, history, time.perf_counter() - begin, seed, name)
 
 

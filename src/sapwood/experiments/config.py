@@ -1,0 +1,89 @@
+"""What a run is, as data: everything that its result depends on, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sapwood.training import TrainConfig
+
+DENSE = "dense"
+ALWAYS = ("data", "model", "method")  # part of a run's identity even where they have their default values
+# Apart, because NTK-SAP's first fresh weights would be the initial ones if both came from one seed.
+INIT_SEED, ORDER_SEED = 10_000, 20_000
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pruning and one training.
+
+    Attributes:
+        data: Name of the data set.
+        model: Name of the model.
+        method: Name of the pruning method; "dense" prunes nothing.
+        density: Share of the prunable weights that is kept.
+        fields: Fields of the method that differ from the method table.
+        resolution: Pixels that images are brought to; None keeps theirs.
+        per_class: Training images of each class that SNIP and its like score on.
+        min_per_layer: Weights that every layer keeps at least.
+        masks: Hash of the mask file that was given instead of pruning here; None: no file.
+        seed: Of the masks; initial weights and data order have seeds that follow from it.
+        train: How it is trained.
+    """
+
+    data: str
+    model: str
+    method: str = DENSE
+    density: float = 1.0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    resolution: int | None = None
+    per_class: int = 10
+    min_per_layer: int = 0
+    masks: str | None = None
+    seed: int = 0
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def id(self) -> str:
+        """Names the run's folder: a hash of what differs from the defaults, so that a new field keeps old names."""
+        return hashlib.sha256(json.dumps(self.meaning(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def meaning(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, and always data, model and method."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = RunConfig(self.data, self.model)
+        changed = {k: v for k, v in own.items() if k in ALWAYS or v != getattr(plain, k)}
+        if "train" in changed:
+            default = dataclasses.asdict(TrainConfig())
+            changed["train"] = {k: v for k, v in dataclasses.asdict(self.train).items() if v != default[k]}
+        return changed
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON values."""
+        return {**dataclasses.asdict(self), "fields": dict(self.fields)}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is computed; not part of what it means.
+
+    Attributes:
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:0".
+        data_root: Folder of the data sets; None takes $SAPWOOD_DATA, else the user's cache. For the data set "folder",
+            the image folder itself.
+        offline: Never download anything.
+    """
+
+    device: str = "auto"
+    data_root: Path | None = None
+    offline: bool = False
+
+
+def seeded(train: TrainConfig, seed: int) -> TrainConfig:
+    """The same training with the data order of a run's seed."""
+    return TrainConfig(**{**dataclasses.asdict(train), "seed": seed + ORDER_SEED})

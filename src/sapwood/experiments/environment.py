@@ -1,0 +1,57 @@
+"""Where a run took place: versions and hardware, and the device a name stands for."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import sapwood
+from sapwood.errors import ConfigError
+
+
+def device_of(name: str) -> torch.device:
+    """The device behind "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:0".
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA raises an AssertionError
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"There is no device {name!r} here ({reason}); legal: auto, cpu, cuda, cuda:0.") from error
+    return device
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, by name."""
+    return {
+        "sapwood": sapwood.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{_processor()}, {cores()} cores",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or "unknown processor"

@@ -1,0 +1,144 @@
+"""One run: prune, train, write down. Its result depends on its config alone; what is done already is not done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from sapwood.data import Dataset, pruning_batches
+from sapwood.errors import MaskFileError
+from sapwood.experiments import store
+from sapwood.experiments.config import DENSE, Place, RunConfig
+from sapwood.experiments.environment import device_of, environment
+from sapwood.experiments.material import Split, create_model, load_data
+from sapwood.experiments.store import RunResult
+from sapwood.masks import Masks
+from sapwood.methods import LABELLED, METHODS, prunable, prune
+from sapwood.training import Epoch, TrainResult, train
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    place: Place,
+    *,
+    masks: Masks | None = None,
+    save_weights: bool = False,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> RunResult:
+    """Runs a config to its end, from wherever an earlier call in the same folder got to.
+
+    Args:
+        config: What to do.
+        folder: Where the files go; see `store`.
+        place: Device and data.
+        masks: Masks from a file, instead of pruning.
+        save_weights: Also write the trained weights.
+        on_epoch: Called after every epoch.
+
+    Raises:
+        SapwoodError: what the method, the model, the data or the folder refuses.
+    """
+    dataset, device = load_data(config.data, config.resolution, place), device_of(place.device)
+    model = create_model(config.model, dataset, config.seed)
+    if masks is not None:
+        masks.check(dict(model.named_parameters()))
+    store.open_folder(folder, config)
+    if (done := store.read_result(folder)) is not None:
+        return done
+    model.to(device)
+    if masks is None and config.method != DENSE:
+        masks = _pruned(config, model, dataset, folder)
+    result = _trained(config, model, Split.of(dataset, config.train, device), masks, folder, on_epoch)
+    if save_weights:
+        _save_weights(model, folder)
+    summary = _summary(model, masks, result, device)
+    store.write_result(folder, summary)
+    (folder / store.CHECKPOINT).unlink(missing_ok=True)
+    return summary
+
+
+def needs_batches(method: str) -> bool:
+    """Whether a method is given labelled batches: those that score on them, and those of other people."""
+    return method in LABELLED or method not in METHODS
+
+
+def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path) -> Masks:
+    path = folder / store.MASKS
+    if path.exists():
+        try:
+            return Masks.load(path)
+        except MaskFileError:  # damaged since: the same masks are found again
+            path.unlink()
+    batches = None
+    if needs_batches(config.method) or config.fields.get("random_inputs") is False:
+        batches = pruning_batches(dataset, per_class=config.per_class, seed=config.seed)
+    result = prune(
+        model,
+        method=config.method,
+        density=config.density,
+        input_shape=dataset.input_shape,
+        batches=batches,
+        min_per_layer=config.min_per_layer,
+        seed=config.seed,
+        **config.fields,
+    )
+    masks = dataclasses.replace(result.masks, provenance={**result.masks.provenance, "seconds": result.seconds})
+    masks.save(path)
+    return masks
+
+
+def _trained(
+    config: RunConfig,
+    model: nn.Module,
+    split: Split,
+    masks: Masks | None,
+    folder: Path,
+    on_epoch: Callable[[Epoch], None] | None,
+) -> TrainResult:
+    rows: list[Epoch] = []
+
+    def report(row: Epoch) -> None:
+        rows.append(row)
+        store.write_rows(folder / store.METRICS, rows)
+        if on_epoch is not None:
+            on_epoch(row)
+
+    result = train(
+        model,
+        split,
+        config.train,
+        masks=masks,
+        device=split.device,
+        checkpoint=folder / store.CHECKPOINT,
+        on_epoch=report,
+    )
+    store.write_rows(folder / store.METRICS, result.history)  # with the epochs before an interruption
+    return result
+
+
+def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, device: torch.device) -> RunResult:
+    kept = Masks.dense(prunable(model)) if masks is None else masks
+    return RunResult(
+        test_accuracy=result.test_accuracy,
+        validation_accuracy=result.validation_accuracy,
+        diverged=result.diverged,
+        epochs=len(result.history),
+        prune_seconds=0.0 if masks is None else float(masks.provenance.get("seconds", 0.0)),
+        train_seconds=result.seconds,
+        layers={name: tuple(count) for name, count in kept.per_layer().items()},
+        collapsed=kept.collapsed,
+        environment=environment(device),
+    )
+
+
+def _save_weights(model: nn.Module, folder: Path) -> None:
+    half_written = folder / f".{store.WEIGHTS}.tmp"
+    save_model(model, str(half_written))
+    os.replace(half_written, folder / store.WEIGHTS)
