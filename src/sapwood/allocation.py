@@ -115,7 +115,7 @@ def allocation(rule: str | Masks | Mapping[str, float] | Allocation, min_per_lay
     if isinstance(rule, Masks):
         return Layerwise({name: count.density for name, count in rule.per_layer().items()}, min_per_layer)
     if isinstance(rule, Mapping):
-        return Layerwise(rule, min_per_layer)
+        return Layerwise(rule, min_per_layer)  # type: ignore[arg-type]  # not Masks: that was above
     if not isinstance(rule, str):
         return rule
     if rule not in NAMES:

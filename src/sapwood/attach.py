@@ -23,9 +23,9 @@ from sapwood.masks import Masks, clean_name
 class Attachment:
     """Keeps pruned weights at zero while the model trains: see `attach`; `remove` or the end of `with` undoes it."""
 
-    def __init__(self, masks: Masks, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, masks: Masks, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool) -> None:
         self._model = model
-        self._parameters = _masked_parameters(masks, model)
+        self._parameters = _masked_parameters(masks, model, strict)
         self._pruned = {name: _pruned(masks[name], parameter) for name, parameter in self._parameters.items()}
         self._handles: list[RemovableHandle] = []
         self.apply()
@@ -95,7 +95,9 @@ class Attachment:
         self.remove()
 
 
-def attach(masks: Masks, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> Attachment:
+def attach(
+    masks: Masks, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], *, strict: bool = True
+) -> Attachment:
     """Zeroes the pruned weights of `model` and keeps them zero through every step of the optimizer.
 
     Build the optimizer first, and after anything that replaces parameters (`fully_shard`). Wrappers (DDP, FSDP2,
@@ -106,6 +108,7 @@ def attach(masks: Masks, model: nn.Module, optimizer: Optimizer | Sequence[Optim
         masks: True = keep, keyed by parameter name; parameters without a mask are left alone.
         model: The model whose parameters the names refer to.
         optimizer: The optimizer, or all of them where several share the model.
+        strict: Refuse masks made on a model with other unmasked parameters; False asks only that the masked ones fit.
 
     Returns:
         The handle that takes the hooks off again.
@@ -113,17 +116,18 @@ def attach(masks: Masks, model: nn.Module, optimizer: Optimizer | Sequence[Optim
     Raises:
         MaskError: the masks do not fit the model, or no optimizer holds a masked parameter that requires grad.
     """
-    return Attachment(masks, model, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    return Attachment(masks, model, optimizers, strict=strict)
 
 
 @torch.no_grad()
-def assert_masked(model: nn.Module, masks: Masks) -> None:
+def assert_masked(model: nn.Module, masks: Masks, *, strict: bool = True) -> None:
     """Checks that every pruned weight of `model` is exactly zero; sharded parameters are checked on this rank's shard.
 
     Raises:
         MaskError: a weight is not zero (NaN included), or the masks do not fit the model.
     """
-    for name, parameter in _masked_parameters(masks, model).items():
+    for name, parameter in _masked_parameters(masks, model, strict).items():
         pruned = _local(parameter)[_pruned(masks[name], parameter)]
         alive = int(pruned.count_nonzero())
         if alive:
@@ -137,9 +141,9 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean_name(name): parameter for name, parameter in model.named_parameters()}
 
 
-def _masked_parameters(masks: Masks, model: nn.Module) -> dict[str, nn.Parameter]:
+def _masked_parameters(masks: Masks, model: nn.Module, strict: bool) -> dict[str, nn.Parameter]:
     parameters = _named_parameters(model)
-    masks.check(parameters)
+    masks.check(parameters, strict=strict)
     return {name: parameters[name] for name in masks}
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_tensor, size, target_of
@@ -42,6 +42,7 @@ class FunctionalModel:
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
         loss_fn: The user's `loss(output, target)`, the mean over a batch, or None.
+        group: Processes that score together, each on its share of the data; None scores alone.
     """
 
     module: _Runner
@@ -50,6 +51,7 @@ class FunctionalModel:
     prunable: tuple[str, ...]
     fan_in: dict[str, int]
     loss_fn: Loss | None = None
+    group: dist.ProcessGroup | None = None
     norms: tuple[BatchNorm, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -62,6 +64,7 @@ class FunctionalModel:
         loss: Loss | None = None,
         forward: Forward | None = None,
         zero_init: str = "ones",
+        group: dist.ProcessGroup | None = None,
     ) -> FunctionalModel:
         """Reads a module.
 
@@ -75,6 +78,7 @@ class FunctionalModel:
                 a mapping without its labels.
             zero_init: `"ones"` scores a model whose residual branches begin closed (zero-gamma BatchNorm, LayerScale)
                 as if they were open; `"keep"` scores it as it is.
+            group: Processes that score together.
 
         Raises:
             UnsupportedModelError: the model cannot be read, or has nothing to prune.
@@ -98,6 +102,7 @@ class FunctionalModel:
             prunable=prunable,
             fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
             loss_fn=loss,
+            group=group,
             norms=norms,
         )
 
@@ -189,7 +194,18 @@ class FunctionalModel:
             loss = self.loss(leaves, batch, temperature=temperature, train=train) * size(batch)
             for name, gradient in differentiate(loss, leaves).items():
                 total[name] += gradient
+        return self.summed(total)
+
+    def summed(self, total: Params) -> Params:
+        """Signed sums over the data of every process; absolute values and squares come after this, never before."""
+        if self.group is not None:
+            for tensor in total.values():
+                dist.all_reduce(tensor, group=self.group)
         return total
+
+    def mine(self, index: int) -> bool:
+        """Whether piece `index` of a computation that all processes know falls to this one."""
+        return self.group is None or index % dist.get_world_size(self.group) == dist.get_rank(self.group)
 
     def leaves(self, masks: Masks) -> Params:
         """Effective weights w*m as leaves of a new graph."""
@@ -235,7 +251,7 @@ def _refuse_unreadable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise UnsupportedModelError(f"{name!r} has no shape yet: run one forward pass first (lazy module).")
-        if isinstance(parameter, DTensor):
+        if hasattr(parameter, "device_mesh"):  # a DTensor, whose class takes a second to import
             raise UnsupportedModelError(
                 f"{name!r} is sharded: prune the model first, then fully_shard it, then attach the masks."
             )

@@ -30,7 +30,7 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # no recompilation for every new set of weights
-        for kind in {"cpu", device.type}:
+        for kind in filter(torch.amp.is_autocast_available, {"cpu", device.type}):
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             torch.backends.mha.set_fastpath_enabled(False)

@@ -39,13 +39,9 @@ class Weight:
     @property
     def is_layer_weight(self) -> bool:
         """Whether it is a weight that is pruned by default."""
-        leaf = self.name.rpartition(".")[2]
-        parametrized = self.name.endswith("parametrizations.weight.original") or self.is_normalised
-        return (
-            self.tensor.dim() >= 2
-            and ("weight" in leaf or parametrized)
-            and all(_is_layer(owner) for owner in self.owners)
-        )
+        named = "weight" in self.name.rpartition(".")[2] or self.name.endswith("parametrizations.weight.original")
+        layer = all(_is_layer(owner) for owner in self.owners)
+        return self.tensor.dim() >= 2 and layer and (named or self.is_normalised)
 
     @property
     def is_normalised(self) -> bool:
@@ -117,7 +113,7 @@ def select(
     for weight in chosen:
         if weight.is_normalised:
             raise UnsupportedModelError(
-                f"{weight.name!r} is under weight_norm, where a unit that loses all its weights becomes 0/0. Remove the "
+                f"{weight.name!r} is under weight_norm, where a unit without weights becomes 0/0: remove the "
                 "weight_norm before pruning, or exclude the layer."
             )
     return chosen
@@ -138,7 +134,7 @@ def _owner(modules: dict[str, nn.Module], name: str) -> nn.Module:
 
 
 def _patterns(patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
-    return (patterns,) if isinstance(patterns, str | type | nn.Module) else tuple(patterns)  # type: ignore[arg-type]
+    return (patterns,) if isinstance(patterns, str | type | nn.Module) else tuple(patterns)
 
 
 def _matches_nothing(word: str, pattern: Pattern, weights: list[Weight]) -> ConfigError:

@@ -50,7 +50,7 @@ class Grasp:
                 slope = sum((gradient[name] * direction[name]).sum() for name in leaves)
                 for name, product in differentiate(slope, leaves).items():  # type: ignore[arg-type]
                     scores[name] += leaves[name].detach() * product
-        return scores
+        return net.summed(scores)
 
 
 @contextmanager

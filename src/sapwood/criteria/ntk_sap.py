@@ -73,13 +73,14 @@ class NtkSap:
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight; pruned ones get a score of no meaning, which the loop ignores."""
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
-        for template in self._templates(data):
+        for index, template in enumerate(self._templates(data)):
             params = self._draw(net, generator)
             batch = self._inputs(template, net, generator)
             noise = {name: math.sqrt(self.epsilon) * _normal(params[name], generator) for name in net.prunable}
-            for name, gradient in mask_gradient(net, masks, params, noise, batch).items():
-                total[name] += gradient
-        return {name: gradient.abs() for name, gradient in total.items()}
+            if net.mine(index):  # every process draws everything, so that they stay in step
+                for name, gradient in mask_gradient(net, masks, params, noise, batch).items():
+                    total[name] += gradient
+        return {name: gradient.abs() for name, gradient in net.summed(total).items()}
 
     def _templates(self, data: Data) -> Iterator[Batch]:
         """`resamples` times the mini-batches of one pass; real inputs are never repeated within a batch."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sapwood.masks import Masks
 from sapwood.training import TrainConfig
 
 DENSE = "dense"
@@ -87,3 +88,14 @@ class Place:
 def seeded(train: TrainConfig, seed: int) -> TrainConfig:
     """The same training with the data order of a run's seed."""
     return TrainConfig(**{**dataclasses.asdict(train), "seed": seed + ORDER_SEED})
+
+
+def under(config: RunConfig, masks: Masks) -> RunConfig:
+    """The run of the same model under masks that were found before."""
+    digest = hashlib.sha256()
+    for name, mask in masks.items():
+        digest.update(name.encode())
+        digest.update(mask.numpy().tobytes())
+    method = str(masks.provenance.get("method", "unknown"))
+    density = round(masks.density, 12)
+    return dataclasses.replace(config, method=method, density=density, masks=digest.hexdigest()[:16])

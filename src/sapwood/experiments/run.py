@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,10 @@ from sapwood.experiments import store
 from sapwood.experiments.config import DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
 from sapwood.experiments.material import Split, create_model, load_data
+from sapwood.experiments.search import Subject, needs_batches, search
 from sapwood.experiments.store import RunResult
 from sapwood.masks import Masks
-from sapwood.methods import LABELLED, METHODS, prunable, prune
+from sapwood.methods import prunable
 from sapwood.training import Epoch, TrainResult, train
 
 
@@ -64,11 +64,6 @@ def run(
     return summary
 
 
-def needs_batches(method: str) -> bool:
-    """Whether a method is given labelled batches: those that score on them, and those of other people."""
-    return method in LABELLED or method not in METHODS
-
-
 def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path) -> Masks:
     path = folder / store.MASKS
     if path.exists():
@@ -77,21 +72,18 @@ def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path)
         except MaskFileError:  # damaged since: the same masks are found again
             path.unlink()
     batches = None
-    if needs_batches(config.method) or config.fields.get("random_inputs") is False:
+    if needs_batches(config.method, config.fields):
         batches = pruning_batches(dataset, per_class=config.per_class, seed=config.seed)
-    result = prune(
-        model,
+    result = search(
+        Subject(model, dataset.input_shape, batches),
         method=config.method,
         density=config.density,
-        input_shape=dataset.input_shape,
-        batches=batches,
-        min_per_layer=config.min_per_layer,
         seed=config.seed,
+        min_per_layer=config.min_per_layer,
         **config.fields,
     )
-    masks = dataclasses.replace(result.masks, provenance={**result.masks.provenance, "seconds": result.seconds})
-    masks.save(path)
-    return masks
+    result.masks.save(path)
+    return result.masks
 
 
 def _trained(
@@ -132,7 +124,7 @@ def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, device:
         epochs=len(result.history),
         prune_seconds=0.0 if masks is None else float(masks.provenance.get("seconds", 0.0)),
         train_seconds=result.seconds,
-        layers={name: tuple(count) for name, count in kept.per_layer().items()},
+        layers={name: (count.kept, count.total) for name, count in kept.per_layer().items()},
         collapsed=kept.collapsed,
         environment=environment(device),
     )

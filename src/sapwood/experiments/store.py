@@ -26,7 +26,7 @@ class RunResult:
         validation_accuracy: Percent, after the last epoch; None without a validation split.
         diverged: Whether the weights became NaN or infinite.
         epochs: Epochs trained.
-        prune_seconds: Wall time of the pruning; 0 for the dense model and for masks from a file.
+        prune_seconds: Wall time of the pruning, as the masks' provenance has it; 0 for the dense model.
         train_seconds: Wall time of the training.
         layers: Kept and all weights of each prunable layer, by name.
         collapsed: Layers in which no weight is kept.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sapwood.allocation import target_density
@@ -37,6 +38,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     zero_init: str = "ones",
     seed: int = 0,
     on_round: Callable[[Round, Masks], Any] | None = None,
+    group: dist.ProcessGroup | None = None,
     **fields: Any,
 ) -> Result:
     """Finds which weights of a model to keep. The model itself is not changed: see `attach` for that.
@@ -62,6 +64,9 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             they are.
         seed: Seed of every random draw; the global generators are left as they were.
         on_round: Called after every round with its record and masks.
+        group: Processes that score together (`torch.distributed.group.WORLD`): all of them call `prune` with the same
+            model and seed, each with its share of the batches, and all get the same masks. NTK-SAP divides its
+            mini-batches among them.
         **fields: Fields of the method (rounds, schedule, allocation, regrow) and of its criterion (for NTK-SAP:
             resamples, samples, batch_size, epsilon, fresh_weights, random_inputs).
 
@@ -91,7 +96,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     with isolated(seed, device):
         data = Data.collect(batches, input_shape, device)
         net = FunctionalModel.of(
-            core, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init
+            core, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
         generator = torch.Generator(net.device).manual_seed(seed)
         masks, history = iterate(net, recipe, data, density, generator, min_per_layer=min_per_layer, on_round=on_round)

@@ -1,0 +1,158 @@
+"""The figures of a report. Okabe and Ito's colours with a marker each, so that no method is told by colour alone."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from sapwood.experiments.config import DENSE
+from sapwood.experiments.summary import Summary
+
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # of another length than SERIES: pairs repeat after 42 methods only
+INK, MUTED, GRID = "#1d2129", "#5b6470", "#dfe3e8"
+
+Curve = Sequence[tuple[float, float]]
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be found
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+}
+
+
+def accuracy(summary: Summary) -> Figure:
+    """Test accuracy against sparsity: mean and standard deviation of every method, the dense model as a band."""
+    with _axes((6.2, 4.0)) as (figure, axes):
+        dense = summary.dense
+        if dense.n:
+            axes.axhspan(dense.mean - dense.std, dense.mean + dense.std, color=MUTED, alpha=0.15, linewidth=0)
+            axes.axhline(dense.mean, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label=DENSE)
+        for i, (method, look) in enumerate(zip(summary.methods, _looks(), strict=False)):
+            shift = 1.018 ** (i - (len(summary.methods) - 1) / 2)  # side by side, so that the bars can be told apart
+            cells = [(s, cell) for s, cell in summary.cells[method].items() if cell.n]
+            axes.errorbar(
+                [(1 - s) * shift for s, _ in cells],
+                [cell.mean for _, cell in cells],
+                [cell.std for _, cell in cells],
+                label=method,
+                elinewidth=1.2,
+                **look,
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks([1 - s for s in summary.sparsities], [f"{100 * s:g} %" for s in summary.sparsities])
+        axes.invert_xaxis()
+        axes.set_xlabel("sparsity: share of the weights removed before training")
+        axes.set_ylabel("test accuracy, %")
+        _legend(figure)
+    return figure
+
+
+def layers(densities: Mapping[str, Mapping[str, float]], overall: float) -> Figure:
+    """Density of every layer under every method, in percent on a log scale; an empty layer is drawn at the bottom."""
+    names = list(next(iter(densities.values())))
+    positive = [d for by_layer in densities.values() for d in by_layer.values() if d > 0]
+    bottom = min(positive, default=overall) / 2
+    with _axes((6.2, 4.2)) as (figure, axes):
+        axes.axhline(100 * overall, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label="all layers")
+        for (method, by_layer), look in zip(densities.items(), _looks(), strict=False):
+            values = [100 * (by_layer[name] or bottom) for name in names]
+            axes.plot(range(len(names)), values, label=method, **look)
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if any(not d for by_layer in densities.values() for d in by_layer.values()):
+            axes.text(0.005, 100 * bottom, "empty", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED)
+        step = max(1, len(names) // 14)
+        labels = [name.removesuffix(".weight") for name in names]
+        axes.set_xticks(range(0, len(names), step), labels[::step], rotation=40, ha="right", fontsize=8.5)
+        axes.set_ylabel("density, % (log scale)")
+        _legend(figure)
+    return figure
+
+
+def curves(by_method: Mapping[str, Curve], label: str, *, log: bool = False) -> Figure:
+    """One line a method over the epochs; "dense" is drawn in grey."""
+    with _axes((4.6, 3.4)) as (figure, axes):
+        looks = _looks()
+        for method, points in by_method.items():
+            look = {"color": MUTED, "linestyle": (0, (4, 3))} if method == DENSE else next(looks)
+            every = max(1, len(points) // 8)
+            axes.plot([x for x, _ in points], [y for _, y in points], label=method, markevery=every, **look)
+        if log:
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        _legend(figure, columns=3)
+    return figure
+
+
+def inline(figure: Figure, title: str) -> str:
+    """The figure as SVG for an HTML page, whose style sheet gives the colours: `--series-0` and on, `--muted`, `--grid`."""
+    text = StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure.savefig(text, format="svg", transparent=True, metadata=_no_metadata())
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    prefix = re.sub(r"\W+", "-", title)
+    svg = re.sub(r'((?:id|href)="#?|url\(#)', rf"\g<1>{prefix}-", svg)  # ids are unique on the page
+    for i, colour in enumerate(SERIES):
+        svg = svg.replace(colour, f"var(--series-{i})")
+    svg = svg.replace(INK, "currentColor").replace(MUTED, "var(--muted)").replace(GRID, "var(--grid)")
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)  # the page decides
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Writes STEM.png and STEM.svg, on white."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": stem.name}):
+        figure.savefig(stem.with_suffix(".svg"), facecolor="white", metadata=_no_metadata())
+        figure.savefig(stem.with_suffix(".png"), facecolor="white", dpi=200)
+
+
+def _no_metadata() -> dict[str, None]:
+    return dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+@contextmanager
+def _axes(inches: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(inches, layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def _looks() -> Iterator[dict[str, Any]]:
+    for colour, marker in zip(itertools.cycle(SERIES), itertools.cycle(MARKERS), strict=False):
+        yield {"color": colour, "marker": marker, "markeredgewidth": 0}
+
+
+def _legend(figure: Figure, columns: int = 4) -> None:
+    figure.legend(loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.4, borderaxespad=0)

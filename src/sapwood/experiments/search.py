@@ -1,0 +1,118 @@
+"""Masks for a model outside of a comparison: what it is built for, and what the method is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sapwood import data, models
+from sapwood.batches import Batch
+from sapwood.errors import ConfigError
+from sapwood.experiments.config import Place
+from sapwood.experiments.material import initialised, load_data
+from sapwood.masks import Masks
+from sapwood.methods import LABELLED, METHODS, prune
+from sapwood.pruning import Result, Round
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model is built for, in the absence of data.
+
+    Attributes:
+        num_classes: Outputs of the model; the default is what --data has, else 10.
+        in_channels: Input channels; the default is what --data or --input-shape has, else the model's usual number.
+        input_shape: One sample's shape (channels height width, in pixels), such as 3 32 32; the default is what --data
+            has, else the model's usual shape.
+    """
+
+    num_classes: int | None = None
+    in_channels: int | None = None
+    input_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model at its initial weights, one sample's shape, and labelled batches where a method wants them."""
+
+    model: nn.Module
+    input_shape: tuple[int, ...]
+    batches: list[Batch] | None
+
+
+def subject(
+    model: str,
+    shape: Shape,
+    *,
+    data_name: str | None,
+    place: Place,
+    method: str,
+    fields: Mapping[str, Any],
+    per_class: int,
+    seed: int,
+) -> Subject:
+    """Builds the model for the data set, or for the given shape.
+
+    Raises:
+        ConfigError: an unknown name, a shape that contradicts the data, or labels are needed and no data is named.
+    """
+    if data_name is None:
+        if needs_batches(method, fields) and method in METHODS:
+            legal = ", ".join(data.names())
+            raise ConfigError(f"Method {method!r} scores on images of a data set: add --data NAME, NAME of {legal}.")
+        return Subject(*_built(model, shape, seed), None)
+    dataset = load_data(data_name, None, place)
+    wanted = Shape(dataset.num_classes, dataset.input_shape[0], dataset.input_shape)
+    for field in dataclasses.fields(Shape):
+        given, found = getattr(shape, field.name), getattr(wanted, field.name)
+        if given not in (None, found):
+            flag = "--" + field.name.replace("_", "-")
+            raise ConfigError(f"{flag} is {given}, but the data set {data_name!r} has {found}: leave one of them out.")
+    batches = data.pruning_batches(dataset, per_class=per_class, seed=seed) if needs_batches(method, fields) else None
+    return Subject(*_built(model, wanted, seed), batches)
+
+
+def needs_batches(method: str, fields: Mapping[str, Any]) -> bool:
+    """Whether a method is given batches: those that score on them, and, since they may, those of other people."""
+    return method in LABELLED or method not in METHODS or fields.get("random_inputs") is False
+
+
+def search(
+    subject: Subject,
+    *,
+    method: str,
+    density: float,
+    seed: int,
+    on_round: Callable[[Round, Masks], Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """Prunes and notes in the masks' provenance how long it took; `settings` go to `sapwood.prune`."""
+    result = prune(
+        subject.model,
+        method=method,
+        density=density,
+        input_shape=subject.input_shape,
+        batches=subject.batches,
+        seed=seed,
+        on_round=on_round,
+        **settings,
+    )
+    provenance = {**result.masks.provenance, "seconds": result.seconds}
+    return dataclasses.replace(result, masks=dataclasses.replace(result.masks, provenance=provenance))
+
+
+def _built(name: str, shape: Shape, seed: int) -> tuple[nn.Module, tuple[int, ...]]:
+    input_shape = shape.input_shape or models.input_shape(name)
+    if shape.in_channels is not None:
+        if shape.input_shape is not None and shape.input_shape[0] != shape.in_channels:
+            raise ConfigError(
+                f"--in-channels is {shape.in_channels}, but --input-shape begins with {shape.input_shape[0]}."
+            )
+        input_shape = (shape.in_channels, *input_shape[1:])
+    size = input_shape[1] if len(input_shape) == 3 and input_shape[1] == input_shape[2] else None
+    classes = 10 if shape.num_classes is None else shape.num_classes
+    return initialised(name, seed, num_classes=classes, in_channels=input_shape[0], image_size=size), input_shape

@@ -1,0 +1,151 @@
+"""From outcomes to numbers: a row for each run, a cell for each method and sparsity, and who is as good as the best."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sapwood.experiments.compare import Outcome
+from sapwood.experiments.config import DENSE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Test accuracy of one method at one sparsity, over its seeds.
+
+    Attributes:
+        by_seed: Percent, after the last epoch.
+        best: Whether its mean is the highest at this sparsity.
+        tied: Whether it cannot be told from the best: see `summarise`.
+        failed: Runs without a result.
+    """
+
+    by_seed: dict[int, float]
+    best: bool = False
+    tied: bool = False
+    failed: int = 0
+
+    @property
+    def n(self) -> int:
+        """Number of runs."""
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds, percent; NaN without any."""
+        return statistics.mean(self.by_seed.values()) if self.by_seed else float("nan")
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the seeds, in percentage points; 0 for a single one."""
+        return statistics.stdev(self.by_seed.values()) if self.n > 1 else 0.0
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "failed" if self.failed else "-"
+        return f"{self.mean:.1f} ± {self.std:.1f}" if self.n > 1 else f"{self.mean:.1f}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A comparison in numbers: `cells[method][sparsity]`, and the dense model's cell."""
+
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    dense: Cell
+    cells: dict[str, dict[float, Cell]]
+
+    def best(self, sparsity: float) -> str | None:
+        """The method with the highest mean accuracy at a sparsity."""
+        return next((method for method in self.methods if self.cells[method][sparsity].best), None)
+
+
+def summarise(outcomes: Sequence[Outcome]) -> Summary:
+    """Groups the outcomes by method and sparsity.
+
+    A method is tied with the best if the 95 % confidence interval (Student's t, no correction for many comparisons)
+    of the mean difference between the two, paired by seed, contains 0. With one common seed nothing is said.
+    """
+    methods = tuple(dict.fromkeys(o.config.method for o in outcomes if o.config.method != DENSE))
+    sparsities = tuple(sorted({sparsity(o) for o in outcomes if o.config.method != DENSE}))
+    raw = {m: {s: _cell(select(outcomes, m, s)) for s in sparsities} for m in methods}
+    return Summary(methods, sparsities, _cell(select(outcomes, DENSE)), _marked(raw, sparsities))
+
+
+def select(outcomes: Sequence[Outcome], method: str, at: float | None = None) -> list[Outcome]:
+    """The outcomes of a method, at one sparsity or at all."""
+    return [o for o in outcomes if o.config.method == method and at in (None, sparsity(o))]
+
+
+def sparsity(outcome: Outcome) -> float:
+    """Share of the weights removed, as it was asked for."""
+    return round(1 - outcome.config.density, 12)
+
+
+def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """One row a run: what was run, what came out."""
+    import pandas as pd  # here, because it takes half a second to import
+
+    return pd.DataFrame([_row(outcome) for outcome in outcomes])
+
+
+def _row(outcome: Outcome) -> dict[str, object]:
+    config, result = outcome.config, outcome.result
+    row: dict[str, object] = {
+        "run": config.id,
+        "data": config.data,
+        "model": config.model,
+        "method": config.method,
+        "sparsity": sparsity(outcome),
+        "seed": config.seed,
+    }
+    if result is None:
+        return {**row, "error": outcome.error}
+    return {
+        **row,
+        "test_accuracy": result.test_accuracy,
+        "validation_accuracy": result.validation_accuracy,
+        "kept": sum(kept for kept, _ in result.layers.values()),
+        "weights": sum(total for _, total in result.layers.values()),
+        "collapsed": " ".join(result.collapsed),
+        "diverged": result.diverged,
+        "epochs": result.epochs,
+        "prune_seconds": result.prune_seconds,
+        "train_seconds": result.train_seconds,
+        "error": "",
+    }
+
+
+def _cell(outcomes: Sequence[Outcome]) -> Cell:
+    by_seed = {o.config.seed: o.result.test_accuracy for o in outcomes if o.result is not None}
+    return Cell(by_seed, failed=len(outcomes) - len(by_seed))
+
+
+def _marked(raw: dict[str, dict[float, Cell]], sparsities: Sequence[float]) -> dict[str, dict[float, Cell]]:
+    marked: dict[str, dict[float, Cell]] = {method: {} for method in raw}
+    for s in sparsities:
+        alive = [method for method in raw if raw[method][s].n]
+        best = max(alive, key=lambda method: raw[method][s].mean, default=None)
+        for method, cells in raw.items():
+            cell = cells[s]
+            tied = best is not None and method != best and _tied(raw[best][s], cell)
+            marked[method][s] = Cell(cell.by_seed, method == best, tied, cell.failed)
+    return marked
+
+
+def _tied(best: Cell, other: Cell) -> bool:
+    from scipy.stats import t  # type: ignore[import-untyped]  # here, because scipy.stats takes a second to import
+
+    differences = [accuracy - other.by_seed[seed] for seed, accuracy in best.by_seed.items() if seed in other.by_seed]
+    if len(differences) < 2:
+        return False
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+    return bool(statistics.mean(differences) <= quantile * error)

@@ -1,0 +1,134 @@
+"""What is shown in a terminal: layer tables, the table of a comparison, progress bars on standard error."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from sapwood.experiments.compare import Outcome
+from sapwood.experiments.config import RunConfig
+from sapwood.experiments.summary import Summary
+from sapwood.masks import Masks
+
+PIPE_WIDTH = 200  # in a pipe or a file there is no width to fit into, and a cut layer name is of no use
+
+
+def show(table: Table) -> None:
+    """Prints a table on standard output."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    console.print(table)
+
+
+def layer_rows(masks: Masks) -> list[tuple[str, str, int, int, float]]:
+    """Name, shape, kept and all weights, density of every layer."""
+    return [
+        (name, "x".join(map(str, masks[name].shape)), count.kept, count.total, count.density)
+        for name, count in masks.per_layer().items()
+    ]
+
+
+def mask_table(masks: Masks) -> Table:
+    """The layers of masks, with a sum."""
+    table = _table("layer", "shape", right=("kept", "weights", "density"))
+    for name, shape, kept, total, density in layer_rows(masks):
+        table.add_row(Text(name), shape, f"{kept:,}", f"{total:,}", f"{density:.2%}", style=None if kept else "red")
+    table.add_section()
+    table.add_row("all", "", f"{masks.kept:,}", f"{masks.total:,}", f"{masks.density:.2%}", style="bold")
+    return table
+
+
+def provenance_table(masks: Masks) -> Table:
+    """How masks came about, one line a fact."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for key, value in masks.provenance.items():
+        text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(Text(key, style="dim"), Text(text))
+    return table
+
+
+def print_csv(masks: Masks) -> None:
+    """The layers as comma-separated values on standard output."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(("layer", "shape", "kept", "weights", "density"))
+    writer.writerows(layer_rows(masks))
+
+
+def weight_table(weights: Mapping[str, Tensor]) -> Table:
+    """The prunable weights of a model, with a sum."""
+    table = _table("layer", "shape", right=("weights",))
+    for name, weight in weights.items():
+        table.add_row(Text(name), "x".join(map(str, weight.shape)), f"{weight.numel():,}")
+    table.add_section()
+    table.add_row("all", "", f"{sum(weight.numel() for weight in weights.values()):,}", style="bold")
+    return table
+
+
+def comparison_table(summary: Summary) -> Table:
+    """Method by sparsity: mean and standard deviation of the test accuracy; the best in bold, its equals marked."""
+    table = _table("method", right=(*(f"{100 * s:g} %" for s in summary.sparsities), "n"))
+    table.title = "Test accuracy after the last epoch, % (mean ± std over n seeds)"
+    table.caption = "bold: best of its sparsity; ≈: not told from it (95 % interval of the paired difference)"
+    for method in summary.methods:
+        cells = [summary.cells[method][s] for s in summary.sparsities]
+        texts = [Text(f"{c} {'≈' if c.tied else ' '}", style="bold" if c.best else "") for c in cells]
+        table.add_row(Text(method), *texts, "-".join(map(str, dict.fromkeys(c.n for c in cells))))
+    table.add_section()
+    table.add_row("dense", f"{summary.dense}  ", *[""] * (len(summary.sparsities) - 1), str(summary.dense.n))
+    return table
+
+
+@contextmanager
+def progress(*columns: str) -> Iterator[Progress]:
+    """A bar on standard error, and nothing where that is not a terminal; `columns` are field names to show after it."""
+    console = Console(stderr=True, highlight=False)
+    shown = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        *shown,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        yield bar
+
+
+def outcome_line(outcome: Outcome) -> str:
+    """One finished run in one line."""
+    if outcome.result is None:
+        return f"{run_name(outcome.config)}  failed: {outcome.error}"
+    result = outcome.result
+    seconds = f"{result.prune_seconds:.1f} s to prune, {result.train_seconds:.1f} s to train"
+    return f"{run_name(outcome.config)}  {result.test_accuracy:6.2f} %  ({seconds})"
+
+
+def run_name(config: RunConfig) -> str:
+    """Method, sparsity and seed."""
+    return f"{config.method:<10} {100 * (1 - config.density):5.4g} %  seed {config.seed}"
+
+
+def complain(kind: str, message: object) -> None:
+    """One line on standard error, as programs do."""
+    print(f"sapwood: {kind}: {message}", file=sys.stderr)
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left", caption_justify="left")
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,56 @@
+"""What the documents say is true: their code runs."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from nets import labelled, mlp
+
+import sapwood
+from sapwood import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+
+
+def test_the_method_in_thirty_lines():
+    (source,) = python_blocks("CONTRIBUTING.md")
+    assert len(source.splitlines()) <= 30
+    space: dict = {}
+    exec(compile(source, "CONTRIBUTING.md", "exec"), space)
+    model, batches = mlp(4, 6, 3).double(), labelled((4,), dtype=torch.float64)
+    masks = sapwood.prune(model, method=space["Growth"](), density=0.5, batches=batches).masks
+    loss = torch.nn.functional.cross_entropy(model(batches[0][0]), batches[0][1])
+    scores = {
+        n: -p * g
+        for (n, p), g in zip(model.named_parameters(), torch.autograd.grad(loss, model.parameters()), strict=True)
+    }
+    flat = torch.cat([scores[n].flatten() for n in masks])
+    kept = torch.cat([m.flatten() for m in masks.values()])
+    assert flat[kept].min() >= flat[~kept].max()
+
+
+def test_the_readme_trains_a_torchvision_model(monkeypatch, capsys):
+    """As printed, but with one round of one draw instead of the published hundred."""
+    import dataclasses
+
+    quick = dataclasses.replace(METHODS["ntk-sap"], rounds=1, criterion=sapwood.NtkSap(resamples=1, samples=8))
+    monkeypatch.setitem(METHODS, "ntk-sap", quick)
+    source = python_blocks("README.md")[0]
+    space = {"loader": [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))] * 2}
+    exec(compile(source, "README.md", "exec"), space)
+    sapwood.assert_masked(space["model"], space["result"].masks)
+    assert space["result"].masks.sparsity == pytest.approx(0.95, abs=1e-4)
+    assert "fc.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["sapwood", "sapwood.masks", "sapwood.methods.front"])
+def test_doctests(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted and not results.failed

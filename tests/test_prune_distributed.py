@@ -1,0 +1,52 @@
+"""Two gloo processes that score together against one process with all the data: the same masks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from nets import CLASSES, labelled, mlp
+
+from sapwood import Masks, prune
+
+METHODS = ["snip", "iter-snip", "force", "grasp", "ntk-sap", "synflow", "random"]
+
+
+def masks_of(method: str, batches: list, group=None) -> Masks:
+    torch.manual_seed(0)
+    model = mlp(6, 12, 12, CLASSES).double()
+    fields = {"ntk-sap": {"rounds": 3, "resamples": 3}, "iter-snip": {"rounds": 3}, "force": {"rounds": 3}}.get(
+        method, {}
+    )
+    return prune(model, method=method, density=0.3, input_shape=(6,), batches=batches, group=group, **fields).masks
+
+
+def all_batches() -> list:
+    (inputs, targets), size = labelled((6,), samples=24, dtype=torch.float64)[0], 6
+    return [(inputs[i : i + size], targets[i : i + size]) for i in range(0, len(inputs), size)]
+
+
+def process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for method in METHODS:
+        masks_of(method, all_batches()[rank::2], dist.group.WORLD).save(Path(folder) / f"{method}-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("processes")
+    mp.start_processes(process, args=(str(path),), nprocs=2, start_method="spawn")
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_find_the_masks_of_one(folder, method):
+    alone = masks_of(method, all_batches())
+    for rank in range(2):
+        assert Masks.load(folder / f"{method}-{rank}") == alone
+
+
+def test_each_process_alone_would_have_found_others():
+    assert masks_of("snip", all_batches()[0::2]) != masks_of("snip", all_batches()[1::2])
