@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import labelled, mlp
 
 import sapwood
+from nets import labelled, mlp
 from sapwood import METHODS
 
 ROOT = Path(__file__).parent.parent

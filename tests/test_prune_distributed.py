@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from nets import CLASSES, labelled, mlp
 
+from nets import CLASSES, labelled, mlp
 from sapwood import Masks, prune
 
 METHODS = ["snip", "iter-snip", "force", "grasp", "ntk-sap", "synflow", "random"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sapwood.errors import ConfigError, DataError
 from sapwood.masks import Masks
-from sapwood.training import Epoch, TrainConfig, TrainResult, evaluate, train
+from sapwood.training import Epoch, TrainConfig, TrainResult, evaluate, fabric_for, train
 from sapwood.training.optim import build_optimizer, build_schedule
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -152,8 +152,14 @@ def test_equals_a_loop_written_out() -> None:
 @pytest.mark.parametrize("epoch", [1, 3, 5, 6])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"schedule": "cosine", "warmup_epochs": 2}, {"schedule": "one-cycle"}, {"precision": "fp16"}],
-    ids=["step", "cosine", "one-cycle", "fp16"],
+    [
+        {},
+        {"schedule": "cosine", "warmup_epochs": 2},
+        {"schedule": "one-cycle"},
+        {"precision": "fp16"},
+        {"momentum": 0.0},
+    ],
+    ids=["step", "cosine", "one-cycle", "fp16", "no momentum"],
 )
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, epoch: int, changes: dict[str, object]) -> None:
     config = dataclasses.replace(SHORT, **changes)
@@ -163,9 +169,20 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, epoch: int, cha
     with pytest.raises(KeyboardInterrupt):
         train(killed, Blobs(), config, masks=half(), checkpoint=path, on_epoch=stop_after(epoch))
     nn.init.zeros_(resumed[0].weight)  # whatever the model holds, the checkpoint decides
+    resumed(torch.randn(4, 8)).sum().backward()
     result = train(resumed, Blobs(), config, masks=half(), checkpoint=path)
     assert same(undisturbed, resumed)
     assert without_time(result) == without_time(expected)
+
+
+def test_a_compiled_model_resumes_the_run_of_a_plain_one(tmp_path: Path) -> None:
+    undisturbed, compiled, path = net(), net(), tmp_path / "run.pt"
+    train(undisturbed, Blobs(), SHORT, masks=half())
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), Blobs(), SHORT, masks=half(), checkpoint=path, on_epoch=stop_after(2))
+    train(torch.compile(compiled, backend="eager"), Blobs(), SHORT, masks=half(), checkpoint=path)
+    for expected, value in zip(undisturbed.state_dict().values(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 def test_checkpoints_every_few_epochs_and_at_the_end(tmp_path: Path) -> None:
@@ -281,6 +298,18 @@ def test_a_diverged_run_ends_with_a_result(tmp_path: Path) -> None:
     assert again.diverged
 
 
+def test_a_fabric_serves_run_after_run_alike() -> None:
+    """The loss scale of the first run, which doubles every 2000 steps, is not the start of the second."""
+    config = dataclasses.replace(SHORT, precision="fp16")
+    fabric, first, second = fabric_for("cpu", precision="fp16"), net(), net()
+    train(first, Blobs(), config, device=fabric)
+    fabric.strategy.precision.scaler.load_state_dict(
+        fabric.strategy.precision.scaler.state_dict() | {"scale": 2.0**-20}
+    )
+    train(second, Blobs(), config, device=fabric)
+    assert same(first, second)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_learns(precision: str) -> None:
     result = train(net(), Blobs(), dataclasses.replace(SHORT, precision=precision), masks=half())
@@ -383,6 +412,7 @@ def test_one_cycle_schedule() -> None:
         ({"lr": 0.0}, "lr must be above 0"),
         ({"gamma": 0.0}, "gamma must be above 0"),
         ({"momentum": -0.1}, "momentum must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"validation": 1.0}, r"validation must be in \[0, 1\), got 1\.0"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov must be False where momentum is 0"),

@@ -202,21 +202,21 @@ class Compare:
         grid: What is compared; the dense model always is.
         recipe: How the networks are trained; the defaults are made for the demo, the digits.
         place: Where it is computed.
-        out: Folder for report.html, results.csv, figures and runs.
+        out: Folder for report.html, results.csv, figures and runs; the default is runs/DATA, such as runs/digits.
         workers: Processes that run side by side; the default is one a CPU core, or one on a GPU.
     """
 
     grid: Grid = field(default_factory=Grid)
     recipe: Recipe = field(
-        default_factory=lambda: Recipe(epochs=6, batch_size=64, lr=0.1, schedule="one-cycle", milestones=())
+        default_factory=lambda: Recipe(epochs=5, batch_size=64, lr=0.1, schedule="one-cycle", milestones=())
     )
     place: Place = field(default_factory=Place)
-    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/digits")
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
     workers: int | None = None
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code, which is not 0 if a run failed."""
-        configs = self.grid.runs(self.recipe)
+        configs, out = self.grid.runs(self.recipe), self.out or Path("runs") / self.grid.data
         with terminal.progress() as bar:
             task = bar.add_task(f"{self.grid.model} on {self.grid.data}, runs", total=len(configs))
 
@@ -225,7 +225,7 @@ class Compare:
                 if fresh and not bar.disable:
                     bar.console.print(terminal.outcome_line(outcome))
 
-            outcomes = compare(configs, self.out, self.place, workers=self.workers, on_run=show)
+            outcomes = compare(configs, out, self.place, workers=self.workers, on_run=show)
         failed = [outcome for outcome in outcomes if outcome.result is None]
         for outcome in failed:
             terminal.complain("error", f"{terminal.run_name(outcome.config)}: {outcome.error}")
@@ -233,7 +233,7 @@ class Compare:
             from sapwood.experiments.report import write_report  # here, because matplotlib takes a second to import
 
             terminal.show(terminal.comparison_table(summarise(outcomes)))
-            print(write_report(outcomes, self.out, typed))
+            print(write_report(outcomes, out, typed))
         return FAILED if failed else 0
 
 

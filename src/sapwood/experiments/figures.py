@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sapwood.experiments.config import DENSE
 from sapwood.experiments.summary import Summary
@@ -26,7 +26,7 @@ Curve = Sequence[tuple[float, float]]
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
-    "font.size": 10,
+    "font.size": 9,
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be found
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -42,20 +42,20 @@ _STYLE: Any = {
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
     "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
 }
 
 
 def accuracy(summary: Summary) -> Figure:
     """Test accuracy against sparsity: mean and standard deviation of every method, the dense model as a band."""
-    with _axes((6.2, 4.0)) as (figure, axes):
+    with _axes((5.2, 3.6)) as (figure, axes):
         dense = summary.dense
         if dense.n:
             axes.axhspan(dense.mean - dense.std, dense.mean + dense.std, color=MUTED, alpha=0.15, linewidth=0)
             axes.axhline(dense.mean, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label=DENSE)
         for i, (method, look) in enumerate(zip(summary.methods, _looks(), strict=False)):
-            shift = 1.018 ** (i - (len(summary.methods) - 1) / 2)  # side by side, so that the bars can be told apart
+            shift = 1.018 ** ((len(summary.methods) - 1) / 2 - i)  # side by side, so that the bars can be told apart
             cells = [(s, cell) for s, cell in summary.cells[method].items() if cell.n]
             axes.errorbar(
                 [(1 - s) * shift for s, _ in cells],
@@ -80,19 +80,21 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float) -> Figu
     names = list(next(iter(densities.values())))
     positive = [d for by_layer in densities.values() for d in by_layer.values() if d > 0]
     bottom = min(positive, default=overall) / 2
-    with _axes((6.2, 4.2)) as (figure, axes):
+    with _axes((5.2, 3.6)) as (figure, axes):
         axes.axhline(100 * overall, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label="all layers")
         for (method, by_layer), look in zip(densities.items(), _looks(), strict=False):
             values = [100 * (by_layer[name] or bottom) for name in names]
             axes.plot(range(len(names)), values, label=method, **look)
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _log_scale(axes)
         if any(not d for by_layer in densities.values() for d in by_layer.values()):
             axes.text(0.005, 100 * bottom, "empty", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED)
         step = max(1, len(names) // 14)
         labels = [name.removesuffix(".weight") for name in names]
-        axes.set_xticks(range(0, len(names), step), labels[::step], rotation=40, ha="right", fontsize=8.5)
+        axes.set_xticks(range(0, len(names), step), labels[::step], fontsize=7.5)
+        if len(names) > 4:
+            axes.tick_params("x", rotation=40)
+            for label in axes.get_xticklabels():
+                label.set_horizontalalignment("right")
         axes.set_ylabel("density, % (log scale)")
         _legend(figure)
     return figure
@@ -100,14 +102,14 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float) -> Figu
 
 def curves(by_method: Mapping[str, Curve], label: str, *, log: bool = False) -> Figure:
     """One line a method over the epochs; "dense" is drawn in grey."""
-    with _axes((4.6, 3.4)) as (figure, axes):
+    with _axes((3.5, 3.0)) as (figure, axes):
         looks = _looks()
         for method, points in by_method.items():
             look = {"color": MUTED, "linestyle": (0, (4, 3))} if method == DENSE else next(looks)
             every = max(1, len(points) // 8)
             axes.plot([x for x, _ in points], [y for _, y in points], label=method, markevery=every, **look)
         if log:
-            axes.set_yscale("log")
+            _log_scale(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
@@ -116,7 +118,7 @@ def curves(by_method: Mapping[str, Curve], label: str, *, log: bool = False) -> 
 
 
 def inline(figure: Figure, title: str) -> str:
-    """The figure as SVG for an HTML page, whose style sheet gives the colours: `--series-0` and on, `--muted`, `--grid`."""
+    """The figure as SVG for an HTML page, whose style sheet gives the colours (`--series-0`, `--muted`, `--grid`)."""
     text = StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure.savefig(text, format="svg", transparent=True, metadata=_no_metadata())
@@ -152,6 +154,14 @@ def _axes(inches: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
 def _looks() -> Iterator[dict[str, Any]]:
     for colour, marker in zip(itertools.cycle(SERIES), itertools.cycle(MARKERS), strict=False):
         yield {"color": colour, "marker": marker, "markeredgewidth": 0}
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _legend(figure: Figure, columns: int = 4) -> None:

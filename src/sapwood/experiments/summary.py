@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sapwood.experiments.compare import Outcome
 from sapwood.experiments.config import DENSE
 
@@ -70,8 +72,10 @@ class Summary:
 def summarise(outcomes: Sequence[Outcome]) -> Summary:
     """Groups the outcomes by method and sparsity.
 
-    A method is tied with the best if the 95 % confidence interval (Student's t, no correction for many comparisons)
-    of the mean difference between the two, paired by seed, contains 0. With one common seed nothing is said.
+    A method is tied with the best if their means differ by no more than the least significant difference (95 %, no
+    correction for many comparisons) of a design in which every seed is a block: seeds are paired, and the error is
+    pooled over all methods at the sparsity, since a few seeds give no variance worth using for each pair alone. With
+    two methods this is the paired t test. With one common seed nothing is said.
     """
     methods = tuple(dict.fromkeys(o.config.method for o in outcomes if o.config.method != DENSE))
     sparsities = tuple(sorted({sparsity(o) for o in outcomes if o.config.method != DENSE}))
@@ -131,21 +135,24 @@ def _cell(outcomes: Sequence[Outcome]) -> Cell:
 def _marked(raw: dict[str, dict[float, Cell]], sparsities: Sequence[float]) -> dict[str, dict[float, Cell]]:
     marked: dict[str, dict[float, Cell]] = {method: {} for method in raw}
     for s in sparsities:
-        alive = [method for method in raw if raw[method][s].n]
-        best = max(alive, key=lambda method: raw[method][s].mean, default=None)
+        column = {method: cells[s] for method, cells in raw.items() if cells[s].n}
+        best = max(column, key=lambda method: column[method].mean, default=None)
+        margin = _margin(list(column.values()))
         for method, cells in raw.items():
-            cell = cells[s]
-            tied = best is not None and method != best and _tied(raw[best][s], cell)
-            marked[method][s] = Cell(cell.by_seed, method == best, tied, cell.failed)
+            near = best is not None and method in column and column[best].mean - column[method].mean <= margin
+            marked[method][s] = Cell(cells[s].by_seed, method == best, near and method != best, cells[s].failed)
     return marked
 
 
-def _tied(best: Cell, other: Cell) -> bool:
+def _margin(cells: Sequence[Cell]) -> float:
+    """Least significant difference of two means in a randomised block design, the seeds being the blocks."""
     from scipy.stats import t  # type: ignore[import-untyped]  # here, because scipy.stats takes a second to import
 
-    differences = [accuracy - other.by_seed[seed] for seed, accuracy in best.by_seed.items() if seed in other.by_seed]
-    if len(differences) < 2:
-        return False
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
-    return bool(statistics.mean(differences) <= quantile * error)
+    seeds = sorted(set.intersection(*(set(cell.by_seed) for cell in cells))) if cells else []
+    freedom = (len(cells) - 1) * (len(seeds) - 1)
+    if freedom < 1:
+        return -1.0
+    table = np.array([[cell.by_seed[seed] for seed in seeds] for cell in cells])
+    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    variance = np.square(residual).sum() / freedom
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(2 * variance / len(seeds)))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,8 +21,8 @@ from sapwood.masks import Masks
 PIPE_WIDTH = 200  # in a pipe or a file there is no width to fit into, and a cut layer name is of no use
 
 
-def show(table: Table) -> None:
-    """Prints a table on standard output."""
+def show(table: Table | Group) -> None:
+    """Prints on standard output."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -73,18 +73,23 @@ def weight_table(weights: Mapping[str, Tensor]) -> Table:
     return table
 
 
-def comparison_table(summary: Summary) -> Table:
+def comparison_table(summary: Summary) -> Group:
     """Method by sparsity: mean and standard deviation of the test accuracy; the best in bold, its equals marked."""
     table = _table("method", right=(*(f"{100 * s:g} %" for s in summary.sparsities), "n"))
-    table.title = "Test accuracy after the last epoch, % (mean ± std over n seeds)"
-    table.caption = "bold: best of its sparsity; ≈: not told from it (95 % interval of the paired difference)"
     for method in summary.methods:
         cells = [summary.cells[method][s] for s in summary.sparsities]
         texts = [Text(f"{c} {'≈' if c.tied else ' '}", style="bold" if c.best else "") for c in cells]
         table.add_row(Text(method), *texts, "-".join(map(str, dict.fromkeys(c.n for c in cells))))
     table.add_section()
     table.add_row("dense", f"{summary.dense}  ", *[""] * (len(summary.sparsities) - 1), str(summary.dense.n))
-    return table
+    return Group(
+        Text("Test accuracy after the last epoch, % (mean ± std over n seeds)\n"),
+        table,
+        Text(
+            "\nbold: best of its sparsity; ≈: not told from it (95 %, paired by seed, error pooled over methods)",
+            style="dim",
+        ),
+    )
 
 
 @contextmanager
@@ -126,7 +131,7 @@ def complain(kind: str, message: object) -> None:
 
 
 def _table(*left: str, right: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left", caption_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:

@@ -2,7 +2,18 @@
 
 from sapwood.training.checkpoint import Epoch
 from sapwood.training.config import TrainConfig
+from sapwood.training.devices import Device, fabric_for
 from sapwood.training.evaluate import evaluate
 from sapwood.training.loop import Batches, TrainingData, TrainResult, train
 
-__all__ = ["Batches", "Epoch", "TrainConfig", "TrainResult", "TrainingData", "evaluate", "train"]
+__all__ = [
+    "Batches",
+    "Device",
+    "Epoch",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingData",
+    "evaluate",
+    "fabric_for",
+    "train",
+]

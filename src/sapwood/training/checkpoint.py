@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sapwood.errors import ConfigError, DataError
-from sapwood.masks import Masks
+from sapwood.masks import Masks, clean_name
 from sapwood.training.config import TrainConfig, differences
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 _FORMAT = "sapwood training checkpoint 1"
 
@@ -37,40 +40,49 @@ class Epoch(TypedDict):
 
 @dataclass(frozen=True)
 class State:
-    """The parts of a run that a step changes; the global random state (dropout) is saved and restored along with it."""
+    """The parts of a run that a step changes, and the Fabric that takes the step."""
 
-    model: nn.Module
+    fabric: Fabric
+    model: nn.Module  # the caller's
+    forward: nn.Module  # the same, as the Fabric calls it: precision, and gradients exchanged between processes
     optimizer: Optimizer
+    step: Callable[[], Any]  # of the optimizer, with the Fabric's loss scale
     schedule: LRScheduler
-    scaler: GradScaler
     generator: torch.Generator
-    device: torch.device
     history: list[Epoch] = field(default_factory=list)
 
 
 def save(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> None:
-    """Writes the state beside `path` and renames it, so that `path` is always a whole checkpoint."""
+    """Writes the state beside `path` and renames it, so that `path` is always a whole checkpoint.
+
+    All processes call it, the first one writes. The weights and momentum are whole, whatever held them: any number of
+    processes may resume from the file.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        get_state_dict,
+    )  # takes seconds, if it is torch's first optimizer
+
+    model, optimizer = get_state_dict(state.model, state.optimizer, options=_whole())
     content = {
         "format": _FORMAT,
         "config": asdict(config),
         "masks": _digest(masks),
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "model": model,
+        "optimizer": optimizer,
         "schedule": state.schedule.state_dict(),
-        "scaler": state.scaler.state_dict(),
+        "precision": state.fabric.strategy.precision.state_dict(),
         "generator": state.generator.get_state(),
-        "random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
         "history": state.history,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_name(path.name + ".tmp")
-    torch.save(content, half_written)
-    os.replace(half_written, path)
+    if state.fabric.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half_written = path.with_name(path.name + ".tmp")
+        torch.save(content, half_written)
+        os.replace(half_written, path)
 
 
 def restore(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> None:
-    """Loads `path` into `state` and the global random state.
+    """Loads `path` into `state`.
 
     Raises:
         DataError: the file is damaged, or no checkpoint of this kind; nothing was changed.
@@ -78,15 +90,28 @@ def restore(path: Path, state: State, config: TrainConfig, masks: Masks | None) 
     """
     content = _read(path)
     _refuse_other_run(path, content, state.model, config, masks)
-    state.model.load_state_dict(content["model"])
-    state.optimizer.load_state_dict(content["optimizer"])
+    _load_tensors(state, content)
     state.schedule.load_state_dict(content["schedule"])
-    state.scaler.load_state_dict(content["scaler"])
+    for group, lr in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
+        group["lr"] = lr
+    state.fabric.strategy.precision.load_state_dict(content["precision"])
     state.generator.set_state(content["generator"])
     state.history[:] = content["history"]
-    torch.set_rng_state(content["random"])
-    if state.device.type == "cuda" and content["cuda_random"] is not None:
-        torch.cuda.set_rng_state(content["cuda_random"], state.device)
+
+
+def _load_tensors(state: State, content: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+    set_model_state_dict(state.model, content["model"], options=_whole())
+    if content["optimizer"]["state"]:  # SGD without momentum has none, which torch cannot load
+        state.optimizer.zero_grad()  # nor does it load where gradients of an earlier run are left
+        set_optimizer_state_dict(state.model, state.optimizer, content["optimizer"], options=_whole())
+
+
+def _whole() -> StateDictOptions:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -116,7 +141,7 @@ def _refuse_other_run(
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    return {clean_name(name): tensor.shape for name, tensor in tensors.items()}
 
 
 def _digest(masks: Masks | None) -> str | None:

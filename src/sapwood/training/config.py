@@ -56,8 +56,10 @@ class TrainConfig:
             raise unknown_name("schedule", self.schedule, SCHEDULES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        for name, low in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("weight_decay", 0), ("momentum", 0)):
-            _require(self, name, getattr(self, name) >= low, f"at least {low}")
+        for name in ("epochs", "batch_size"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_epochs", "weight_decay", "momentum", "seed"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
         _require(self, "lr", self.lr > 0, "above 0")
         _require(self, "gamma", self.gamma > 0, "above 0")
         _require(self, "validation", 0 <= self.validation < 1, "in [0, 1)")

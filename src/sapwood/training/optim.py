@@ -1,16 +1,12 @@
-"""The optimizer, its learning-rate schedule and its precision, all from torch."""
+"""The optimizer and its learning-rate schedule, both from torch."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
 
-from sapwood.errors import ConfigError
 from sapwood.training.config import TrainConfig
-
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> SGD:
@@ -41,17 +37,3 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: i
         return main
     rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
     return SequentialLR(optimizer, [rise, main], milestones=[warmup])
-
-
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The context that forward passes run in; switched off for float32.
-
-    Raises:
-        ConfigError: the device cannot compute in this precision.
-    """
-    available = torch.amp.is_autocast_available(device.type)
-    if device.type == "cuda" and config.precision == "bf16":
-        available = torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision != "float32" and not available:
-        raise ConfigError(f"precision {config.precision!r} is not supported on device {device}; use 'float32'.")
-    return torch.autocast(device.type, dtype=_DTYPES[config.precision], enabled=config.precision != "float32")
