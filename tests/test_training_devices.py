@@ -51,6 +51,8 @@ def test_a_run_of_one_process_ignores_the_processes_around_it(
         ({"devices": 0}, "devices must be at least 1, got 0"),
         ({"device": "gpu"}, "There is no device 'gpu' here"),
         ({"device": "cuda:99"}, "There is no device 'cuda:99' here"),
+        ({"device": "cuda:0", "devices": 2}, "no index where devices is 2, got 'cuda:0'"),
+        ({"device": "cuda", "devices": 99}, "99 devices 'cuda' with strategy 'auto' fail"),
         ({"device": "cpu", "strategy": "fsdp", "precision": "fp16"}, "'fp16' is not supported with strategy 'fsdp'"),
         ({"device": "meta", "precision": "bf16"}, "'bf16' is not supported on device meta; use 'float32'"),
         ({"device": "meta"}, "1 devices 'meta' with strategy 'auto' fail: .*invalid accelerator name"),

@@ -144,6 +144,26 @@ def noisy() -> nn.Sequential:
     return net(nn.Unflatten(1, (2, 15)), nn.BatchNorm1d(2), nn.Flatten(), nn.Dropout(0.3))
 
 
+class Draws(nn.Module):
+    """Notes a number from the random state that dropout draws from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen += [torch.rand(()).item()] if self.training else []
+        return inputs
+
+
+def dropout_differs_between_processes_and_epochs(_: Path, strategy: str) -> None:
+    draws = Draws()
+    train(net(draws), Blobs(), CONFIG, device=fabric_for("cpu", WORLD, strategy))
+    everywhere: list[list[float]] = [[]] * WORLD
+    dist.all_gather_object(everywhere, draws.seen)
+    assert len({draw for seen in everywhere for draw in seen}) == WORLD * CONFIG.epochs * 4
+
+
 def diverges_everywhere(_: Path, strategy: str) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     config = dataclasses.replace(CONFIG, lr=1e30)
@@ -170,6 +190,7 @@ def worker(rank: int, folder: str) -> None:
             resumes(Path(folder), strategy, momentum=0.9)
             resumes(Path(folder), strategy, momentum=0.0)
             resumes_to_the_last_bit(Path(folder), strategy)
+            dropout_differs_between_processes_and_epochs(Path(folder), strategy)
             diverges_everywhere(Path(folder), strategy)
             evaluates_slices(Path(folder), strategy)
         Path(folder, f"done-{rank}").touch()

@@ -46,7 +46,7 @@ def fabric_for(
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     _check(devices, strategy, precision)
-    root = _existing(device)
+    root = _existing(device, devices)
     _require_precision(root, strategy, precision)
     single = devices == 1 and strategy == "auto"
     # One process needs no others: a scheduler's or torchrun's variables around it mean separate runs.
@@ -140,12 +140,15 @@ def _check(devices: int, strategy: str, precision: str) -> None:
         raise ConfigError(f"devices must be at least 1, got {devices}.")
 
 
-def _existing(device: torch.device | str) -> torch.device:
-    """The device with its index, after a first allocation on it."""
+def _existing(device: torch.device | str, devices: int) -> torch.device:
+    """The device with its index, after a first allocation on it; for several, their kind."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if devices > 1 and ":" in str(device):
+        raise ConfigError(f"device must have no index where devices is {devices}, got {str(device)!r}.")
     try:
-        return torch.empty(0, device=device).device
+        # Every process of several would take memory on the first GPU; Fabric looks for them.
+        return torch.device(device) if devices > 1 else torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA raises an AssertionError
         reason = str(error).splitlines()[0]
         raise ConfigError(

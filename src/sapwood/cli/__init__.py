@@ -1,0 +1,56 @@
+"""The program `sapwood`. Every command is a dataclass whose fields are its flags, in a file of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from tyro.conf import OmitArgPrefixes, subcommand
+
+from sapwood.cli.compare import Compare
+from sapwood.cli.prune import Prune
+from sapwood.cli.show import Show
+from sapwood.cli.train import Train
+from sapwood.errors import SapwoodError, SapwoodWarning
+from sapwood.experiments import terminal
+
+USAGE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as in a shell
+
+Command = (
+    Annotated[Prune, subcommand("prune")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Show, subcommand("show")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+
+    Returns:
+        0; 1 if a run of a comparison failed; 2 for what the user can put right; 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SapwoodWarning)
+        warnings.showwarning = lambda message, *_, **__: terminal.complain("warning", message)
+        try:
+            command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
+            return int(command(shlex.join(["sapwood", *argv])))
+        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (SapwoodError, OSError) as error:
+            terminal.complain("error", error)
+            return USAGE
+        except KeyboardInterrupt:
+            terminal.complain("error", "interrupted; the same command goes on from here.")
+            return INTERRUPTED

@@ -1,0 +1,64 @@
+"""`sapwood train`: a model, dense or under the masks of a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tyro.conf import Positional
+
+from sapwood.cli.flags import File, Folder, Model, Recipe
+from sapwood.experiments import terminal
+from sapwood.experiments.config import Place, RunConfig, seeded, under
+from sapwood.experiments.run import run
+from sapwood.masks import Masks
+from sapwood.training import Epoch
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model, dense or under the masks of a file, and write its weights and result.
+
+    The same command takes up an interrupted training where it was; a finished one is not repeated.
+
+    Attributes:
+        model: Name of the model, as for `sapwood prune`.
+        out: Folder for config.json, metrics.jsonl, weights.safetensors and result.json.
+        data: Data set.
+        masks: Mask file from `sapwood prune`; the default trains the dense model.
+        seed: Of the initial weights (those that `sapwood prune` saw with the same seed), the data order and dropout.
+        resolution: Height and width to bring the images to, in pixels; the default keeps theirs.
+        recipe: How it is trained.
+        place: Where it is computed.
+    """
+
+    model: Positional[Model]
+    out: Folder
+    data: str = "digits"
+    masks: File | None = None
+    seed: int = 0
+    resolution: int | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    place: Place = field(default_factory=Place)
+
+    def __call__(self, typed: str) -> int:
+        """Does it; returns the exit code."""
+        masks = None if self.masks is None else Masks.load(self.masks)
+        config = RunConfig(
+            self.data, self.model, resolution=self.resolution, seed=self.seed, train=seeded(self.recipe, self.seed)
+        )
+        if masks is not None:
+            config = under(config, masks)
+        with terminal.progress("last") as bar:
+            task = bar.add_task("epochs", total=config.train.epochs, last="")
+
+            def show(row: Epoch) -> None:
+                bar.update(task, completed=row["epoch"], last=f"test accuracy {row['test_accuracy']:.2f} %")
+
+            result = run(config, self.out, self.place, masks=masks, save_weights=True, on_epoch=show)
+        if result.diverged:
+            terminal.complain("warning", f"the training diverged in epoch {result.epochs}: lower --lr.")
+        print(f"test accuracy after epoch {result.epochs}: {result.test_accuracy:.2f} %")
+        if result.validation_accuracy is not None:
+            print(f"validation accuracy: {result.validation_accuracy:.2f} %")
+        print(self.out)
+        return 0
