@@ -149,9 +149,9 @@ def _margin(cells: Sequence[Cell]) -> float:
     from scipy.stats import t  # type: ignore[import-untyped]  # here, because scipy.stats takes a second to import
 
     seeds = sorted(set.intersection(*(set(cell.by_seed) for cell in cells))) if cells else []
-    freedom = (len(cells) - 1) * (len(seeds) - 1)
-    if freedom < 1:
+    if min(len(cells), len(seeds)) < 2:
         return -1.0
+    freedom = (len(cells) - 1) * (len(seeds) - 1)
     table = np.array([[cell.by_seed[seed] for seed in seeds] for cell in cells])
     residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     variance = np.square(residual).sum() / freedom
