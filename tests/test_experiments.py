@@ -14,6 +14,7 @@ from sapwood.errors import BudgetError, ConfigError, DataError
 from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, compare, run_folder
 from sapwood.experiments.config import INIT_SEED, ORDER_SEED, Place, RunConfig, under
+from sapwood.experiments.engines import EngineConfig
 from sapwood.experiments.environment import device_of
 from sapwood.experiments.fields import parse_fields
 from sapwood.experiments.grid import Grid
@@ -53,6 +54,7 @@ def test_id_depends_on_meaning_only():
         dataclasses.replace(SNIP, method="grasp"),
         dataclasses.replace(SNIP, density=0.2),
         dataclasses.replace(SNIP, fields={"rounds": 2}),
+        dataclasses.replace(SNIP, control="shuffle"),
         dataclasses.replace(SNIP, seed=1),
         dataclasses.replace(SNIP, train=dataclasses.replace(SHORT, lr=0.1)),
         RunConfig("digits", "mlp"),
@@ -69,7 +71,7 @@ def test_masks_of_a_file_are_part_of_the_identity():
 
 
 def test_grid_has_every_combination_and_the_dense_runs():
-    grid = Grid(methods=("snip", "random"), sparsities=(0.9, 0.5), seeds=(3, 7), set=("snip.rounds=2",))
+    grid = Grid(methods=("snip@rounds=2", "random"), sparsities=(0.9, 0.5), seeds=(3, 7))
     runs = grid.runs(SHORT)
     assert len(runs) == 2 + 2 * 2 * 2 == len({config.id for config in runs})
     assert [(r.method, r.density, r.seed) for r in runs[:3]] == [("dense", 1.0, 3), ("dense", 1.0, 7), ("snip", 0.1, 3)]
@@ -86,8 +88,9 @@ def test_grid_has_every_combination_and_the_dense_runs():
         (Grid(seeds=(1, 1)), ConfigError, "without repetition"),
         (Grid(methods=("dense",)), ConfigError, "always part"),
         (Grid(sparsities=(1.0,)), BudgetError, "sparsity is 1.0"),
-        (Grid(set=("grasp.round=1",)), ConfigError, "rounds"),
-        (Grid(set=("rounds=1",)), ConfigError, "METHOD.FIELD=VALUE"),
+        (Grid(methods=("grasp@round=1",)), ConfigError, "rounds"),
+        (Grid(methods=("grasp@rounds",)), ConfigError, "FIELD=VALUE"),
+        (Grid(methods=("grasp@control=shufle",)), ConfigError, "Did you mean 'shuffle'"),
     ],
 )
 def test_grid_refuses(grid, error, said):
@@ -113,8 +116,24 @@ def test_fields_have_the_type_of_their_default(entry, value):
 
 @pytest.mark.parametrize("entry", ["rounds=1.5", "rounds=true", "fresh_weights=1", "epsilon=small", "rounds"])
 def test_fields_of_another_type_are_refused(entry):
-    with pytest.raises(ConfigError, match="--set"):
+    with pytest.raises(ConfigError, match=r"takes a value of type|FIELD=VALUE"):
         parse_fields("ntk-sap", [entry])
+
+
+@pytest.mark.parametrize(
+    ("typed", "label"),
+    [
+        ("ntk-sap", "ntk-sap"),
+        ("ntk-sap@rounds=5,epsilon=1e-06", "ntk-sap@epsilon=1e-6,rounds=5"),
+        ("ntk-sap@fresh_weights=False", "ntk-sap@fresh_weights=false"),
+        ("snip@control=shuffle,schedule=linear", "snip@schedule=linear,control=shuffle"),
+    ],
+)
+def test_labels_say_what_is_particular(typed, label):
+    *_, config = Grid(methods=(typed,), sparsities=(0.5,), seeds=(0,)).runs(SHORT)
+    assert config.label == label
+    *_, again = Grid(methods=(label,), sparsities=(0.5,), seeds=(0,)).runs(SHORT)
+    assert again.id == config.id
 
 
 def test_auto_device_is_a_device():
@@ -225,6 +244,18 @@ def test_method_on_real_inputs_gets_them(tmp_path):
     assert run(config, tmp_path, CPU).prune_seconds > 0
 
 
+def test_shuffle_control_permutes_the_methods_masks_inside_each_layer(tmp_path):
+    folders = {control: tmp_path / (control or "plain") for control in ("", "shuffle")}
+    for control, folder in folders.items():
+        run(dataclasses.replace(SNIP, control=control), folder, CPU)
+    plain, shuffled = (Masks.load(folder / "masks.safetensors") for folder in folders.values())
+    assert shuffled.per_layer() == plain.per_layer()
+    assert all(not torch.equal(shuffled[name], plain[name]) for name in plain)
+    other = tmp_path / "seed"
+    run(dataclasses.replace(SNIP, control="shuffle", seed=1), other, CPU)
+    assert Masks.load(other / "masks.safetensors") != shuffled
+
+
 # Comparisons.
 
 
@@ -238,7 +269,7 @@ def test_same_seed_means_same_start_for_all_methods(tmp_path):
         small_grid(methods=("magnitude", "random")).runs(SHORT),
         tmp_path,
         CPU,
-        workers=1,
+        engine=EngineConfig(workers=1),
         on_run=lambda o, _: seen.append(o),
     )
     by_seed = {}
@@ -253,7 +284,7 @@ def test_same_seed_means_same_start_for_all_methods(tmp_path):
 
 def test_a_failing_method_does_not_stop_the_others(tmp_path):
     grid = small_grid(methods=(f"{__name__}:raises", "random"))
-    outcomes = compare(grid.runs(SHORT), tmp_path, CPU, workers=1)
+    outcomes = compare(grid.runs(SHORT), tmp_path, CPU, engine=EngineConfig(workers=1))
     failed = [outcome for outcome in outcomes if outcome.result is None]
     assert [outcome.config.method for outcome in failed] == [f"{__name__}:raises"] * 2
     assert failed[0].error.startswith("NotFinite: a method of somebody else's broke (see ")
@@ -263,7 +294,7 @@ def test_a_failing_method_does_not_stop_the_others(tmp_path):
 
 def test_a_method_that_refuses_the_model_gives_its_sentence(tmp_path):
     grid = Grid(model="mlp", methods=("random",), sparsities=(0.999999,), seeds=(0,))
-    outcomes = compare(grid.runs(SHORT), tmp_path, CPU, workers=1)
+    outcomes = compare(grid.runs(SHORT), tmp_path, CPU, engine=EngineConfig(workers=1))
     assert outcomes[1] == Outcome(outcomes[1].config, None, outcomes[1].error)
     assert "keeps none of 50,200" in outcomes[1].error
 
@@ -274,7 +305,7 @@ def test_what_concerns_all_runs_is_said_once_and_before_them(tmp_path):
     with pytest.raises(DataError):
         compare(Grid(data="cifar10").runs(SHORT), tmp_path / "out", Place(data_root=tmp_path, offline=True))
     with pytest.raises(ConfigError, match="at least 1 process"):
-        compare(Grid().runs(SHORT), tmp_path / "out", CPU, workers=0)
+        compare(Grid().runs(SHORT), tmp_path / "out", CPU, engine=EngineConfig(workers=0))
     assert not (tmp_path / "out").exists()
 
 

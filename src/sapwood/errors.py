@@ -38,6 +38,10 @@ class ConfigError(SapwoodError, ValueError):
     """A name or setting that does not exist or has an illegal value."""
 
 
+class RunBusyError(SapwoodError):
+    """Another process is at this run."""
+
+
 def unknown_name(kind: str, name: str, legal: Iterable[str]) -> ConfigError:
     """Builds the error for a wrong name: the nearest legal one first, then all of them."""
     choices = sorted(legal)

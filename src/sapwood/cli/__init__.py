@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, subcommand
 from sapwood.cli.compare import Compare
 from sapwood.cli.prune import Prune
 from sapwood.cli.show import Show
+from sapwood.cli.sweep import Sweep
 from sapwood.cli.train import Train
 from sapwood.errors import SapwoodError, SapwoodWarning
 from sapwood.experiments import terminal
@@ -25,6 +26,7 @@ Command = (
     Annotated[Prune, subcommand("prune")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Show, subcommand("show")]
 )
 

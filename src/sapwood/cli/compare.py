@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sapwood.cli.flags import OptionalFolder, Recipe
+from sapwood.cli.flags import OptionalFolder, Training
 from sapwood.experiments import terminal
-from sapwood.experiments.compare import Outcome, compare
-from sapwood.experiments.config import Place
+from sapwood.experiments.compare import compare
+from sapwood.experiments.config import Place, RunConfig
+from sapwood.experiments.engines import EngineConfig
 from sapwood.experiments.grid import Grid
+from sapwood.experiments.live import SweepProgress
+from sapwood.experiments.recipes import digits
 from sapwood.experiments.summary import summarise
 
 FAILED = 1  # exit code
@@ -23,38 +28,42 @@ class Compare:
 
     Attributes:
         grid: What is compared; the dense model always is.
-        recipe: How the networks are trained; the defaults are made for the demo, the digits.
+        training: How the networks are trained; the defaults are made for the demo, the digits.
         place: Where it is computed.
         out: Folder for report.html, results.csv, figures and runs; the default is runs/DATA, such as runs/digits.
         workers: Processes that run side by side; the default is one a CPU core, or one on a GPU.
     """
 
-    grid: Grid = field(default_factory=Grid)
-    recipe: Recipe = field(
-        default_factory=lambda: Recipe(epochs=5, batch_size=64, lr=0.1, schedule="one-cycle", milestones=())
-    )
+    grid: Grid = field(default_factory=lambda: digits().grid)
+    training: Training = field(default_factory=lambda: Training(**dataclasses.asdict(digits().train)))
     place: Place = field(default_factory=Place)
     out: OptionalFolder = None
     workers: int | None = None
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code, which is not 0 if a run failed."""
-        configs, out = self.grid.runs(self.recipe), self.out or Path("runs") / self.grid.data
-        with terminal.progress() as bar:
-            task = bar.add_task(f"{self.grid.model} on {self.grid.data}, runs", total=len(configs))
+        configs, out = self.grid.runs(self.training), self.out or Path("runs") / self.grid.data
+        return compare_and_report(configs, out, self.place, EngineConfig(workers=self.workers), typed)
 
-            def show(outcome: Outcome, fresh: bool) -> None:
-                bar.advance(task)
-                if fresh and not bar.disable:
-                    bar.console.print(terminal.outcome_line(outcome))
 
-            outcomes = compare(configs, out, self.place, workers=self.workers, on_run=show)
-        failed = [outcome for outcome in outcomes if outcome.result is None]
-        for outcome in failed:
-            terminal.complain("error", f"{terminal.run_name(outcome.config)}: {outcome.error}")
-        if len(failed) < len(outcomes):
-            from sapwood.experiments.report import write_report  # here, because matplotlib takes a second to import
+def compare_and_report(
+    configs: Sequence[RunConfig],
+    out: Path,
+    place: Place,
+    engine: EngineConfig,
+    typed: str,
+    *,
+    tracker: str | None = None,
+) -> int:
+    """Does the runs and shows how far they are, then shows the table and writes the report; returns the exit code."""
+    with SweepProgress(configs, out, f"{configs[0].model} on {configs[0].data}, runs") as progress:
+        outcomes = compare(configs, out, place, engine=engine, tracker=tracker, on_run=progress.take)
+    failed = [outcome for outcome in outcomes if outcome.result is None]
+    for outcome in failed:
+        terminal.complain("error", f"{terminal.run_name(outcome.config)}: {outcome.error}")
+    if len(failed) < len(outcomes):
+        from sapwood.experiments.report import write_report  # here, because matplotlib takes a second to import
 
-            terminal.show(terminal.comparison_table(summarise(outcomes)))
-            print(write_report(outcomes, out, typed))
-        return FAILED if failed else 0
+        terminal.show(terminal.comparison_table(summarise(outcomes)))
+        print(write_report(outcomes, out, typed))
+    return FAILED if failed else 0

@@ -17,7 +17,7 @@ OptionalFolder = Annotated[Path | None, arg(metavar="DIR")]  # tyro looks at the
 
 
 @dataclass(frozen=True)
-class Recipe(TrainConfig):
+class Training(TrainConfig):
     """How the networks are trained, by SGD."""
 
     seed: Suppress[int] = 0  # follows from the seed of the run

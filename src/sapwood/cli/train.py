@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tyro.conf import Positional
 
-from sapwood.cli.flags import File, Folder, Model, Recipe
+from sapwood.cli.flags import File, Folder, Model, Training
 from sapwood.experiments import terminal
 from sapwood.experiments.config import Place, RunConfig, seeded, under
 from sapwood.experiments.run import run
@@ -27,7 +27,7 @@ class Train:
         masks: Mask file from `sapwood prune`; the default trains the dense model.
         seed: Of the initial weights (those that `sapwood prune` saw with the same seed), the data order and dropout.
         resolution: Height and width to bring the images to, in pixels; the default keeps theirs.
-        recipe: How it is trained.
+        training: How it is trained.
         place: Where it is computed.
     """
 
@@ -37,14 +37,14 @@ class Train:
     masks: File | None = None
     seed: int = 0
     resolution: int | None = None
-    recipe: Recipe = field(default_factory=Recipe)
+    training: Training = field(default_factory=Training)
     place: Place = field(default_factory=Place)
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""
         masks = None if self.masks is None else Masks.load(self.masks)
         config = RunConfig(
-            self.data, self.model, resolution=self.resolution, seed=self.seed, train=seeded(self.recipe, self.seed)
+            self.data, self.model, resolution=self.resolution, seed=self.seed, train=seeded(self.training, self.seed)
         )
         if masks is not None:
             config = under(config, masks)

@@ -15,8 +15,9 @@ from sapwood.training import TrainConfig
 
 DENSE = "dense"
 ALWAYS = ("data", "model", "method")  # part of a run's identity even where they have their default values
+CONTROLS = ("shuffle",)
 # Apart, because NTK-SAP's first fresh weights would be the initial ones if both came from one seed.
-INIT_SEED, ORDER_SEED = 10_000, 20_000
+INIT_SEED, ORDER_SEED, CONTROL_SEED = 10_000, 20_000, 30_000
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RunConfig:
         per_class: Training images of each class that SNIP and its like score on.
         min_per_layer: Weights that every layer keeps at least.
         masks: Hash of the mask file that was given instead of pruning here; None: no file.
+        control: "shuffle" permutes the method's masks inside each layer (Frankle et al. 2021); "" leaves them.
         seed: Of the masks; initial weights and data order have seeds that follow from it.
         train: How it is trained.
     """
@@ -46,8 +48,14 @@ class RunConfig:
     per_class: int = 10
     min_per_layer: int = 0
     masks: str | None = None
+    control: str = ""
     seed: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call it: the method and what is particular about it, as `ntk-sap@rounds=5`."""
+        return label_of(self.method, self.fields, self.control)
 
     @property
     def id(self) -> str:
@@ -83,6 +91,19 @@ class Place:
     device: str = "auto"
     data_root: Path | None = None
     offline: bool = False
+
+
+def label_of(method: str, fields: Mapping[str, Any], control: str) -> str:
+    """`ntk-sap@rounds=5,control=shuffle`, fields in alphabetical order."""
+    particulars = {**dict(sorted(fields.items())), **({"control": control} if control else {})}
+    text = ",".join(f"{key}={_plain(value)}" for key, value in particulars.items())
+    return f"{method}@{text}" if text else method
+
+
+def _plain(value: Any) -> str:
+    """A field's value as one types it: 1e-6 rather than 1e-06, false rather than False."""
+    text = str(value)
+    return text.lower() if isinstance(value, bool) else text.replace("e-0", "e-") if isinstance(value, float) else text
 
 
 def seeded(train: TrainConfig, seed: int) -> TrainConfig:

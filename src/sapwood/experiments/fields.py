@@ -1,16 +1,48 @@
-"""A method's own fields, from FIELD=VALUE as typed on a command line."""
+"""Settings as one types them: FIELD=VALUE, and a method with fields of its own, `ntk-sap@rounds=5,epsilon=1e-6`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import types
+import typing
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from sapwood.errors import ConfigError, unknown_name
+from sapwood.experiments.config import CONTROLS
 from sapwood.methods import configured, find
 from sapwood.methods.table import criterion_fields
 from sapwood.pruning import Method
+
+COMMA = re.compile(r",(?!\w+=)")  # one that does not stand inside a method's variant
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, the fields in which it differs from the method table, and the control that it undergoes, if any."""
+
+    method: str
+    fields: dict[str, Any]
+    control: str
+
+
+def parse_variant(text: str) -> Variant:
+    """Reads METHOD, or METHOD@FIELD=VALUE,..., where the field `control` is the run's and not the method's.
+
+    Raises:
+        ConfigError: the method, a field or the control does not exist, or a value is illegal.
+    """
+    method, _, rest = text.partition("@")
+    entries = rest.split(",") if rest else []
+    controls = [entry.removeprefix("control=") for entry in entries if entry.startswith("control=")]
+    for control in controls:
+        if control not in CONTROLS:
+            raise unknown_name("control", control, CONTROLS)
+    own = [entry for entry in entries if not entry.startswith("control=")]
+    return Variant(method, parse_fields(method, own), controls[-1] if controls else "")
 
 
 def parse_fields(method: str, entries: Iterable[str]) -> dict[str, Any]:
@@ -19,34 +51,54 @@ def parse_fields(method: str, entries: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: the method or a field does not exist, or a value is illegal.
     """
-    name, recipe = find(method)
-    defaults = _defaults(recipe)
+    name, found = find(method)
+    defaults = _defaults(found)
     parsed = {}
     for entry in entries:
-        field, equals, text = entry.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes FIELD=VALUE, such as rounds=20; {entry!r} came.")
+        field, text = assignment(entry, "rounds=20")
         if field not in defaults:
             raise unknown_name(f"field of method {name!r}", field, defaults)
-        parsed[field] = _value(field, text, type(defaults[field]))
-    configured(name, recipe, parsed)  # which checks the values
+        parsed[field] = value(field, text, type(defaults[field]))
+    configured(name, found, parsed)  # which checks the values
     return parsed
 
 
-def _defaults(recipe: Method) -> dict[str, Any]:
-    own = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe) if field.name != "criterion"}
-    return own | {field: getattr(recipe.criterion, field) for field in criterion_fields(recipe)}
+def assignment(entry: str, example: str) -> tuple[str, str]:
+    """The two sides of `FIELD=VALUE`.
+
+    Raises:
+        ConfigError: there is no equals sign.
+    """
+    field, equals, text = entry.partition("=")
+    if not equals:
+        raise ConfigError(f"A setting is written FIELD=VALUE, such as {example}; {entry!r} came.")
+    return field, text
 
 
-def _value(field: str, text: str, kind: type) -> Any:
+def value(field: str, text: str, kind: Any) -> Any:
+    """Reads a value of a type: str, bool, int, float, a tuple of one of them (1,2,3), or one of them or none.
+
+    Raises:
+        ConfigError: the text is no such value.
+    """
+    inner = [part for part in typing.get_args(kind) if part not in (types.NoneType, Ellipsis)]
+    if typing.get_origin(kind) is tuple:
+        return tuple(value(field, part, inner[0]) for part in COMMA.split(text) if part)
+    if inner:
+        return None if text.lower() == "none" else value(field, text, inner[0])
     if kind is str:
         return text
     try:
-        value = json.loads(text.lower() if kind is bool else text)
+        read = json.loads(text.lower() if kind is bool else text)
     except json.JSONDecodeError:
-        value = text
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in (bool, int, float) and type(value) is not kind:
-        raise ConfigError(f"--set {field} takes a value of type {kind.__name__}; {text!r} came.")
-    return value
+        read = text
+    if kind is float and type(read) is int:
+        return float(read)
+    if kind in (bool, int, float) and type(read) is not kind:
+        raise ConfigError(f"{field} takes a value of type {kind.__name__}; {text!r} came.")
+    return read
+
+
+def _defaults(method: Method) -> dict[str, Any]:
+    own = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.name != "criterion"}
+    return own | {field: getattr(method.criterion, field) for field in criterion_fields(method)}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 from sapwood.allocation import target_density
 from sapwood.errors import ConfigError
 from sapwood.experiments.config import DENSE, RunConfig, seeded
-from sapwood.experiments.fields import parse_fields
+from sapwood.experiments.fields import parse_variant
 from sapwood.training import TrainConfig
 
 
@@ -21,13 +20,13 @@ class Grid:
     Attributes:
         data: Data set.
         model: Model.
-        methods: Pruning methods.
+        methods: Pruning methods, some perhaps with fields that differ from the method table, as
+            ntk-sap@rounds=5,epsilon=1e-6, or with masks shuffled inside each layer, as ntk-sap@control=shuffle.
         sparsities: Shares of the prunable weights to remove, each in [0, 1).
         seeds: One run each. A seed gives all methods the same initial weights and the same data order.
         resolution: Pixels that images are brought to; the default keeps theirs.
         per_class: Training images of each class that SNIP, GraSP and their like score on.
         min_per_layer: Weights that every layer keeps at least.
-        set: Fields of single methods, as METHOD.FIELD=VALUE, such as ntk-sap.rounds=5.
     """
 
     data: str = "digits"
@@ -38,7 +37,6 @@ class Grid:
     resolution: int | None = None
     per_class: int = 10
     min_per_layer: int = 0
-    set: tuple[str, ...] = ()
 
     def runs(self, train: TrainConfig) -> list[RunConfig]:
         """All runs, the dense ones first.
@@ -48,19 +46,20 @@ class Grid:
             ConfigError: an unknown method or field, or one of the lists is empty or repeats itself.
         """
         self._check_lists()
-        fields = self._fields()
+        variants = [parse_variant(method) for method in self.methods]
         dense = RunConfig(self.data, self.model, resolution=self.resolution)
         plain = [dataclasses.replace(dense, seed=seed, train=seeded(train, seed)) for seed in self.seeds]
         return plain + [
             dataclasses.replace(
                 run,
-                method=method,
+                method=variant.method,
                 density=round(target_density(None, sparsity, None), 12),  # 1 - 0.9 is not quite 0.1
-                fields=fields[method],
+                fields=variant.fields,
+                control=variant.control,
                 per_class=self.per_class,
                 min_per_layer=self.min_per_layer,
             )
-            for method, sparsity, run in itertools.product(self.methods, self.sparsities, plain)
+            for variant, sparsity, run in itertools.product(variants, self.sparsities, plain)
         ]
 
     def _check_lists(self) -> None:
@@ -71,13 +70,3 @@ class Grid:
                 raise ConfigError(f"{name} must be one or more values without repetition, got {given}.")
         if DENSE in self.methods:
             raise ConfigError(f"The {DENSE} model is always part of a comparison: leave {DENSE!r} out of methods.")
-
-    def _fields(self) -> dict[str, dict[str, Any]]:
-        for entry in self.set:
-            if not any(entry.startswith(f"{method}.") for method in self.methods):
-                legal = ", ".join(self.methods)
-                raise ConfigError(f"--set takes METHOD.FIELD=VALUE with a method of {legal}; {entry!r} came.")
-        return {
-            method: parse_fields(method, [e.removeprefix(f"{method}.") for e in self.set if e.startswith(f"{method}.")])
-            for method in self.methods
-        }

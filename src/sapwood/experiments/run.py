@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,12 @@ from safetensors.torch import save_model
 from torch import nn
 
 from sapwood.data import Dataset, pruning_batches
-from sapwood.errors import MaskFileError
-from sapwood.experiments import store
-from sapwood.experiments.config import DENSE, Place, RunConfig
+from sapwood.diagnosis import effective
+from sapwood.errors import DataError, MaskError, SapwoodError
+from sapwood.experiments import cost, store
+from sapwood.experiments.config import CONTROL_SEED, DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
+from sapwood.experiments.fairness import order_hash, weights_hash
 from sapwood.experiments.material import Split, create_model, load_data
 from sapwood.experiments.search import Subject, needs_batches, search
 from sapwood.experiments.store import RunResult
@@ -31,6 +35,7 @@ def run(
     masks: Masks | None = None,
     save_weights: bool = False,
     on_epoch: Callable[[Epoch], None] | None = None,
+    wait: bool = True,
 ) -> RunResult:
     """Runs a config to its end, from wherever an earlier call in the same folder got to.
 
@@ -41,36 +46,50 @@ def run(
         masks: Masks from a file, instead of pruning.
         save_weights: Also write the trained weights.
         on_epoch: Called after every epoch.
+        wait: Whether to wait for another process that is at the same run, and take its result.
 
     Raises:
+        RunBusyError: another process is at this run, and `wait` is False.
         SapwoodError: what the method, the model, the data or the folder refuses.
     """
     dataset, device = load_data(config.data, config.resolution, place), device_of(place.device)
     model = create_model(config.model, dataset, config.seed)
     if masks is not None:
         masks.check(dict(model.named_parameters()))
-    store.open_folder(folder, config)
-    if (done := store.read_result(folder)) is not None:
-        return done
-    model.to(device)
-    if masks is None and config.method != DENSE:
-        masks = _pruned(config, model, dataset, folder)
-    result = _trained(config, model, Split.of(dataset, config.train, device), masks, folder, on_epoch)
-    if save_weights:
-        _save_weights(model, folder)
-    summary = _summary(model, masks, result, device)
-    store.write_result(folder, summary)
-    (folder / store.CHECKPOINT).unlink(missing_ok=True)
-    return summary
+    with store.opened(folder, config, wait=wait):
+        if (done := store.finished(folder, config)) is not None:
+            return done
+        (folder / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
+        store.write_json(folder / store.ENVIRONMENT, environment(device))
+        initial = weights_hash(model)
+        model.to(device)
+        if masks is None and config.method != DENSE:
+            masks = _pruned(config, model, dataset, folder)
+        split = Split.of(dataset, config.train, device)
+        cost.reset_peak(device)
+        result = _trained(config, model, split, masks, folder, on_epoch)
+        if save_weights:
+            _save_weights(model, folder)
+        summary = dataclasses.replace(
+            _summary(model, masks, result, split),
+            init_hash=initial,
+            order_hash=order_hash(split, config.train.seed),
+        )
+        store.write_result(folder, summary)
+        (folder / store.CHECKPOINT).unlink(missing_ok=True)
+        return summary
 
 
 def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path) -> Masks:
     path = folder / store.MASKS
     if path.exists():
         try:
-            return Masks.load(path)
-        except MaskFileError:  # damaged since: the same masks are found again
+            masks = Masks.load(path)
+            masks.check(dict(model.named_parameters()))
+            return masks
+        except (MaskError, ValueError):  # damaged since: the same masks are found again
             path.unlink()
+    (folder / store.CHECKPOINT).unlink(missing_ok=True)  # it belongs to masks that are no more
     batches = None
     if needs_batches(config.method, config.fields):
         batches = pruning_batches(dataset, per_class=config.per_class, seed=config.seed)
@@ -82,8 +101,11 @@ def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path)
         min_per_layer=config.min_per_layer,
         **config.fields,
     )
-    result.masks.save(path)
-    return result.masks
+    masks = result.masks
+    if config.control:
+        masks = masks.shuffled(torch.Generator().manual_seed(config.seed + CONTROL_SEED))
+    masks.save(path)
+    return masks
 
 
 def _trained(
@@ -102,20 +124,23 @@ def _trained(
         if on_epoch is not None:
             on_epoch(row)
 
-    result = train(
-        model,
-        split,
-        config.train,
-        masks=masks,
-        device=split.device,
-        checkpoint=folder / store.CHECKPOINT,
-        on_epoch=report,
+    checkpoint = folder / store.CHECKPOINT
+    go_on = functools.partial(
+        train, model, split, config.train, masks=masks, device=split.device, checkpoint=checkpoint, on_epoch=report
     )
+    try:
+        result = go_on()
+    except DataError:
+        if not checkpoint.exists():
+            raise
+        checkpoint.unlink()  # damaged, and nothing of it was loaded: the same training begins again
+        result = go_on()
     store.write_rows(folder / store.METRICS, result.history)  # with the epochs before an interruption
     return result
 
 
-def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, device: torch.device) -> RunResult:
+def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, split: Split) -> RunResult:
+    train_memory = cost.peak_memory(split.device)
     kept = Masks.dense(prunable(model)) if masks is None else masks
     return RunResult(
         test_accuracy=result.test_accuracy,
@@ -126,8 +151,19 @@ def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, device:
         train_seconds=result.seconds,
         layers={name: (count.kept, count.total) for name, count in kept.per_layer().items()},
         collapsed=kept.collapsed,
-        environment=environment(device),
+        environment=environment(split.device),
+        prune_memory=None if masks is None else masks.provenance.get("peak_memory"),
+        train_memory=train_memory,
+        flops=cost.flops(model, kept, split.dataset.input_shape),
+        effective=_effective(model, kept, split.dataset.input_shape),
     )
+
+
+def _effective(model: nn.Module, masks: Masks, input_shape: tuple[int, ...]) -> int | None:
+    try:
+        return effective(model, masks, input_shape=input_shape).kept
+    except SapwoodError:  # a model that a positive flow cannot be run through was trained all the same
+        return None
 
 
 def _save_weights(model: nn.Module, folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from sapwood import data, models
 from sapwood.batches import Batch
 from sapwood.errors import ConfigError
+from sapwood.experiments import cost
 from sapwood.experiments.config import Place
 from sapwood.experiments.material import initialised, load_data
 from sapwood.masks import Masks
@@ -90,7 +91,9 @@ def search(
     on_round: Callable[[Round, Masks], Any] | None = None,
     **settings: Any,
 ) -> Result:
-    """Prunes and notes in the masks' provenance how long it took; `settings` go to `sapwood.prune`."""
+    """Prunes and notes in the masks' provenance what it cost; `settings` go to `sapwood.prune`."""
+    device = next(subject.model.parameters()).device
+    cost.reset_peak(device)
     result = prune(
         subject.model,
         method=method,
@@ -101,7 +104,7 @@ def search(
         on_round=on_round,
         **settings,
     )
-    provenance = {**result.masks.provenance, "seconds": result.seconds}
+    provenance = {**result.masks.provenance, "seconds": result.seconds, "peak_memory": cost.peak_memory(device)}
     return dataclasses.replace(result, masks=dataclasses.replace(result.masks, provenance=provenance))
 
 

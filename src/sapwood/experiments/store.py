@@ -1,20 +1,28 @@
-"""A run's folder: config.json, masks.safetensors, metrics.jsonl, and result.json last, each written in one step."""
+"""A run's folder, which one process at a time works in, every file written in one step.
+
+config.json, environment.json, masks.safetensors, metrics.jsonl, checkpoint.pt while it trains, and result.json last.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapwood.errors import ConfigError
-from sapwood.experiments.config import RunConfig
+from filelock import FileLock, Timeout
+
+from sapwood.errors import ConfigError, MaskError, RunBusyError
+from sapwood.experiments.config import DENSE, RunConfig
+from sapwood.masks import Masks
 
 CONFIG, MASKS, METRICS, RESULT = "config.json", "masks.safetensors", "metrics.jsonl", "result.json"
-WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.pt"
+WEIGHTS, CHECKPOINT, ENVIRONMENT = "weights.safetensors", "checkpoint.pt", "environment.json"
+LOCK = "run.lock"  # the operating system frees it when its holder dies
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,14 @@ class RunResult:
         layers: Kept and all weights of each prunable layer, by name.
         collapsed: Layers in which no weight is kept.
         environment: Versions and hardware.
+        prune_memory: Peak bytes while pruning, see `cost.peak_memory`; None where unknown, as for the dense model.
+        train_memory: Peak bytes while training.
+        flops: FLOPs of a forward pass on one input that kept weights take part in, and all; None where not countable.
+        effective: Kept weights on a path from an input to an output; None where that cannot be told.
+        init_hash: Of the initial weights.
+        order_hash: Of the first training batch.
+
+    Fields with defaults came later: results without them are still read.
     """
 
     test_accuracy: float
@@ -42,13 +58,23 @@ class RunResult:
     layers: Mapping[str, tuple[int, int]]
     collapsed: tuple[str, ...]
     environment: Mapping[str, str]
+    prune_memory: int | None = None
+    train_memory: int | None = None
+    flops: tuple[int, int] | None = None
+    effective: int | None = None
+    init_hash: str = ""
+    order_hash: str = ""
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step: a killed write leaves the old one."""
     half_written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    half_written.write_text(text, encoding="utf-8")
-    os.replace(half_written, path)
+    try:
+        half_written.write_text(text, encoding="utf-8")
+        os.replace(half_written, path)
+    except OSError:  # a full disk, most often, which a remnant would not help
+        half_written.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -71,9 +97,25 @@ def read_result(folder: Path) -> RunResult | None:
     try:
         values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         layers = {name: (int(kept), int(total)) for name, (kept, total) in values["layers"].items()}
-        return RunResult(**{**values, "layers": layers, "collapsed": tuple(values["collapsed"])})
+        flops = values.get("flops")
+        tuples = {"collapsed": tuple(values["collapsed"]), "flops": flops and (int(flops[0]), int(flops[1]))}
+        return RunResult(**{**values, **tuples, "layers": layers})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def finished(folder: Path, config: RunConfig) -> RunResult | None:
+    """The result of a run all of whose files are whole; None where one is missing or damaged."""
+    result = read_result(folder)
+    try:
+        if result is None or len(read_rows(folder / METRICS)) != result.epochs:
+            return None
+        _read_config(folder / CONFIG)
+        if config.method != DENSE and config.masks is None:
+            Masks.load(folder / MASKS)
+    except (OSError, ValueError, KeyError, MaskError):
+        return None
+    return result
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -81,30 +123,55 @@ def write_result(folder: Path, result: RunResult) -> None:
     write_json(folder / RESULT, dataclasses.asdict(result))
 
 
-def open_folder(folder: Path, config: RunConfig) -> None:
-    """Makes the folder of a run, or enters the one that the same run has begun.
+@contextmanager
+def opened(folder: Path, config: RunConfig, *, wait: bool = True) -> Iterator[None]:
+    """Makes the folder of a run, or enters the one that the same run has begun, and keeps other processes out.
 
     Raises:
         ConfigError: the folder belongs to another run, or is a file.
+        RunBusyError: another process is in it, and `wait` is False.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; a folder for the run is expected: choose another one.")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, poll_interval=0.5)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise RunBusyError(f"Another process is at the run in {folder}.") from None
+    try:
+        _enter(folder, config)
+        yield
+    finally:
+        lock.release()
+
+
+def _enter(folder: Path, config: RunConfig) -> None:
     path = folder / CONFIG
+    if path.exists():
+        _refuse_other_run(folder, config)
+    for remnant in folder.glob(".*.tmp"):  # of a process that was killed
+        remnant.unlink(missing_ok=True)
+    write_json(path, config.to_json())
+
+
+def _refuse_other_run(folder: Path, config: RunConfig) -> None:
+    try:
+        found = RunConfig("", "").to_json() | _read_config(folder / CONFIG)  # an older file lacks the newer fields
+    except ValueError as error:
+        if folder.name == config.id:  # the folder's name says which run it is
+            return
+        path = folder / CONFIG
+        raise ConfigError(f"{path} is damaged; choose another folder, or delete it to start the run over.") from error
     wanted = json.loads(json.dumps(config.to_json()))
-    if path.exists() and (found := _read_config(path)) != wanted:
-        changed = [key for key in wanted if found.get(key) != wanted[key]]
+    if changed := [key for key in wanted if json.loads(json.dumps(found.get(key))) != wanted[key]]:
         raise ConfigError(
             f"{folder} holds another run, which differs in {', '.join(changed)}; choose another folder, or delete it."
         )
-    write_json(path, wanted)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
+    found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} is damaged; choose another folder, or delete it to start the run over.")
+        raise ValueError(f"{path} holds no JSON object")
     return found

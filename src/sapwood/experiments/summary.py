@@ -77,7 +77,7 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
     pooled over all methods at the sparsity, since a few seeds give no variance worth using for each pair alone. With
     two methods this is the paired t test. With one common seed nothing is said.
     """
-    methods = tuple(dict.fromkeys(o.config.method for o in outcomes if o.config.method != DENSE))
+    methods = tuple(dict.fromkeys(o.config.label for o in outcomes if o.config.method != DENSE))
     sparsities = tuple(sorted({sparsity(o) for o in outcomes if o.config.method != DENSE}))
     raw = {m: {s: _cell(select(outcomes, m, s)) for s in sparsities} for m in methods}
     return Summary(methods, sparsities, _cell(select(outcomes, DENSE)), _marked(raw, sparsities))
@@ -85,7 +85,7 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
 
 def select(outcomes: Sequence[Outcome], method: str, at: float | None = None) -> list[Outcome]:
     """The outcomes of a method, at one sparsity or at all."""
-    return [o for o in outcomes if o.config.method == method and at in (None, sparsity(o))]
+    return [o for o in outcomes if o.config.label == method and at in (None, sparsity(o))]
 
 
 def sparsity(outcome: Outcome) -> float:
@@ -106,7 +106,7 @@ def _row(outcome: Outcome) -> dict[str, object]:
         "run": config.id,
         "data": config.data,
         "model": config.model,
-        "method": config.method,
+        "method": config.label,
         "sparsity": sparsity(outcome),
         "seed": config.seed,
     }

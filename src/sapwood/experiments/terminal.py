@@ -122,7 +122,7 @@ def outcome_line(outcome: Outcome) -> str:
 
 def run_name(config: RunConfig) -> str:
     """Method, sparsity and seed."""
-    return f"{config.method:<10} {100 * (1 - config.density):5.4g} %  seed {config.seed}"
+    return f"{config.label:<10} {100 * (1 - config.density):5.4g} %  seed {config.seed}"
 
 
 def complain(kind: str, message: object) -> None:
