@@ -143,7 +143,9 @@ def target_density(density: float | None, sparsity: float | None, compression: f
     if not legal[word]:
         bounds = {"density": "above 0, at most 1", "sparsity": "0 or more, below 1", "compression": "1 or more"}
         raise BudgetError(f"{word} is {value}; it must be {bounds[word]} (a share, not a percentage).")
-    return 1 - value if word == "sparsity" else 1 / value if word == "compression" else value
+    if word == "sparsity":
+        return round(1 - value, 12)  # 1 - 0.9 is not quite 0.1
+    return 1 / value if word == "compression" else value
 
 
 def budget(density: float, total: int) -> int:

@@ -34,7 +34,7 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            torch.manual_seed(seed)
+            _seed(seed, device)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield
@@ -42,6 +42,13 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fastpath)
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds the CPU's and the model's device's generators only: `torch.manual_seed` would seed every GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
