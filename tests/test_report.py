@@ -1,24 +1,33 @@
 """The report: statistics against other computations, and a page that is complete and refers to nothing outside."""
 
 import csv
+import html
+import itertools
 import re
+import shutil
 import statistics
+import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import t, ttest_rel
 
 from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import RunConfig
+from sapwood.experiments.looks import looks
 from sapwood.experiments.report import listed, sentence, write_report
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.summary import frame, summarise
+from sapwood.experiments.tables import problems, unequal
 from sapwood.training import TrainConfig
 
+COMMAND = "sapwood compare --out 'a b' --methods '<x>'"
 ACCURACIES = {
     ("dense", 0.0): (98.1, 98.4, 97.9),
     ("ntk-sap", 0.9): (96.0, 96.5, 95.8),
@@ -28,7 +37,8 @@ ACCURACIES = {
     ("snip", 0.98): (80.0, 83.0, 81.0),
     ("a<b>&co", 0.98): (10.0, 12.5, 11.0),
 }
-VOID = {"meta", "br", "img", "link", "hr", "input"}
+VOID = {"meta", "br", "img", "link", "hr", "input", "wbr"}
+EXPECTED = {("ntk-sap", 0.9001): 95.25, ("snip", 0.98): 79.5, ("dense", 0.0): 97.75, ("snip", 0.5): 77.3}
 
 
 def outcome(method, sparsity, seed, accuracy):
@@ -36,26 +46,45 @@ def outcome(method, sparsity, seed, accuracy):
     layers = {"first.weight": (round(100 * (1 - sparsity)), 100), "last.weight": (0 if accuracy == 10.0 else 5, 50)}
     collapsed = ("last.weight",) if accuracy == 10.0 else ()
     where = {"torch": "2.x", "device": "cpu"}
-    return Outcome(config, RunResult(accuracy, None, False, 2, 0.5, 1.5, layers, collapsed, where))
+    later = {
+        "prune_memory": None if method == "dense" else 3 * 2**20,
+        "train_memory": 2**30,
+        "flops": (round(1000 * (1.5 - sparsity)), 2000),
+        "effective": 3 if accuracy == 10.0 else 6,
+        "init_hash": f"weights {seed}",
+        "order_hash": f"order {seed}",
+    }
+    return Outcome(config, RunResult(accuracy, None, False, 2, 0.5, 1.5, layers, collapsed, where, **later))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outcomes():
     found = [outcome(m, s, seed, a) for (m, s), all_seeds in ACCURACIES.items() for seed, a in enumerate(all_seeds)]
     broken = RunConfig("digits", "mlp", "grasp", 0.02, seed=0, train=TrainConfig(epochs=2))
     return [*found, Outcome(broken, None, "It did <not> work.")]
 
 
-@pytest.fixture
-def page(outcomes, tmp_path):
+@pytest.fixture(scope="module")
+def out(outcomes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    rewritten(outcomes, folder, expected=EXPECTED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(out):
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+def rewritten(outcomes, folder, **options):
+    """A report on these outcomes in a new folder."""
     for found in outcomes:
         if found.result is not None:
-            folder = run_folder(tmp_path, found.config)
-            folder.mkdir(parents=True)
+            run = run_folder(folder, found.config)
+            run.mkdir(parents=True)
             rows = [{"epoch": e, "train_loss": 1.0 / e, "test_accuracy": found.result.test_accuracy} for e in (1, 2)]
-            store.write_rows(folder / store.METRICS, rows)
-    path = write_report(outcomes, tmp_path, "sapwood compare --out 'a b' --methods '<x>'")
-    return path.read_text(encoding="utf-8")
+            store.write_rows(run / store.METRICS, rows)
+    return write_report(outcomes, folder, COMMAND, **options).read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -186,11 +215,11 @@ def test_figures_take_their_colours_from_the_page(page):
     assert set(re.findall(r"(--[a-z0-9-]+):", light)) == set(re.findall(r"(--[a-z0-9-]+):", dark))
 
 
-def test_figure_files_and_csv(page, outcomes, tmp_path):
+def test_figure_files_and_csv(out, outcomes):
     for name in ("accuracy", "layers", "training-loss", "training-accuracy"):
-        assert (tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
-        ElementTree.parse(tmp_path / f"figures/{name}.svg")
-    with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
+        assert (out / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+        ElementTree.parse(out / f"figures/{name}.svg")
+    with open(out / "results.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(outcomes) == len(frame(outcomes))
     found = {(row["method"], float(row["sparsity"]), int(row["seed"])): row["test_accuracy"] for row in rows}
@@ -200,5 +229,135 @@ def test_figure_files_and_csv(page, outcomes, tmp_path):
 
 
 def test_the_same_results_give_the_same_page(page, outcomes, tmp_path):
-    command = "sapwood compare --out 'a b' --methods '<x>'"
-    assert write_report(outcomes, tmp_path, command).read_text(encoding="utf-8") == page
+    assert rewritten(outcomes, tmp_path, expected=EXPECTED) == page
+
+
+def rows_of(page):
+    """The text of every table cell, by row."""
+    rows = [
+        re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.DOTALL) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)
+    ]
+    return [[" ".join(re.sub(r"<.*?>", " ", cell).split()) for cell in row] for row in rows]
+
+
+def test_what_is_left_and_what_it_cost(page):
+    rows = rows_of(page)
+    assert ["ntk-sap", "96.00 30", "96.00 26"] in rows  # 6 of 150 weights on a path; 600 and 520 of 2,000 FLOPs
+    collapsed = 100 * (1 - (3 + 6 + 6) / 3 / 150)
+    assert ["a&lt;b&gt;&amp;co", "96.00 30", f"{collapsed:.2f} 26"] in rows
+    assert ["ntk-sap", "0.50", "3", "1.50", "1,024", "6"] in rows
+    assert ["dense", "\N{EN DASH}", "\N{EN DASH}", "1.50", "1,024", "3"] in rows
+
+
+def test_published_numbers_stand_beside_the_measured_ones(page, out, outcomes, tmp_path):
+    rows = rows_of(page)
+    assert ["ntk-sap", "96.1 ± 0.4 95.2", "89.0 ± 1.0", "3"] in rows  # at a sparsity that was rounded otherwise
+    assert ["snip", "95.7 ± 0.8 ≈", "81.3 ± 1.5 79.5", "3"] in rows
+    assert ["dense", "with all weights &nbsp;98.1 ± 0.3 97.8", "3"] in rows
+    assert "77.3" not in str(rows)  # which is of a sparsity that is not in this comparison
+    assert "as published" in (out / "figures/accuracy.svg").read_text(encoding="utf-8")
+    without = rewritten(outcomes, tmp_path)
+    assert "published" not in without + (tmp_path / "figures/accuracy.svg").read_text(encoding="utf-8")
+
+
+def test_markdown_holds_the_same(out):
+    lines = (out / "report.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    for method, _ in ACCURACIES:
+        assert any(row.startswith(f"| {method.replace('<', '&lt;')}") for row in rows)
+    assert "| snip | 95.7 ± 0.8 ≈ | 81.3 ± 1.5 (79.5) | 3 |" in rows
+    assert "**89.0 ± 1.0**" in "".join(rows)
+    assert lines[-1] == f"    {COMMAND}"
+    for start in (i for i, line in enumerate(lines) if line.startswith("| :--")):
+        table = itertools.takewhile(lambda line: line.startswith("|"), lines[start - 1 :])
+        assert len({row.count("|") for row in table}) == 1
+    for figure in re.findall(r"\]\((.*?)\)", "\n".join(lines)):
+        assert (out / figure).is_file()
+
+
+def test_results_from_before_costs_were_recorded_still_make_a_report(outcomes, tmp_path):
+    unknown = {"prune_memory": None, "train_memory": None, "flops": None, "effective": None}
+    unknown |= {"init_hash": "", "order_hash": ""}
+    old = [o if o.result is None else replace(o, result=replace(o.result, **unknown)) for o in outcomes]
+    text = rewritten(old, tmp_path)
+    assert "What is left" not in text and "checked by hash" not in text
+
+
+def test_unequal_starts_are_said(outcomes, page):
+    assert "checked by hash" in page and unequal(outcomes) == []
+    other = replace(outcomes[-2], result=replace(outcomes[-2].result, order_hash="another"))
+    changed = [*outcomes[:-2], other, outcomes[-1]]
+    assert unequal(changed) == [other.config.seed]
+    assert ("seed 2", "the runs did not begin") in [(name, text[:22]) for name, text in problems(changed)]
+
+
+def test_methods_are_told_apart_and_controls_belong_to_theirs():
+    named = [f"method-{i}" for i in range(16)]
+    shuffled = [f"{named[0]}@control=shuffle", "method-3@rounds=2,control=shuffle"]
+    found = looks([*named, "method-3@rounds=2", "random", "erk", *shuffled])
+    assert len({(v["color"], v["marker"], str(v["linestyle"]), v.get("markerfacecolor")) for v in found.values()}) == 21
+    for control, subject in zip(shuffled, (named[0], "method-3@rounds=2"), strict=True):
+        assert found[control]["color"] == found[subject]["color"]
+        assert found[control]["marker"] == found[subject]["marker"]
+        assert found[control]["linestyle"] == found["random"]["linestyle"] != found[subject]["linestyle"]
+    assert len({str(v["linestyle"]) for v in found.values()}) == 3
+    assert {name: look for name, look in looks(named[:3]).items()} == {name: found[name] for name in named[:3]}
+
+
+# In a real browser.
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+PHONE = 390  # CSS pixels
+
+# The page itself has no script; this one measures it in a frame as wide as a phone, and pushes the tables aside.
+MEASURE = """<body style="margin: 0"><iframe width="%d" height="800" style="border: 0" srcdoc="%s"></iframe><script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, found = document.documentElement.dataset;
+  const left = cell => Math.round(cell.getBoundingClientRect().left);
+  const wide = [...page.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth);
+  const firsts = wide.map(box => box.querySelector("tbody th")), before = firsts.map(left);
+  wide.forEach(box => { box.scrollLeft = 1000; });
+  found.width = page.documentElement.clientWidth;
+  found.content = page.documentElement.scrollWidth;
+  found.wide = wide.length;
+  found.scrolled = wide.filter(box => box.scrollLeft > 0).length;
+  found.stayed = firsts.filter((cell, i) => left(cell) === before[i]).length;
+  found.figures = [...page.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().height > 100).length;
+};
+</script>"""
+
+
+def browse(folder, file, *options, width=1000, height=1500):
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += ["--hide-scrollbars", f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}"]
+    done = subprocess.run([*command, *options, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+@in_browser
+def test_on_a_phone_tables_scroll_and_the_page_does_not(page, tmp_path):
+    file = tmp_path / "phone.html"
+    long_name = page.replace("a&lt;b&gt;&amp;co", "iter-snip@<wbr>rounds=100,<wbr>schedule=linear,<wbr>control=shuffle")
+    file.write_text(MEASURE % (PHONE, html.escape(long_name)), encoding="utf-8")
+    found = dict(re.findall(r'data-(\w+)="(\d+)"', browse(tmp_path, file, "--dump-dom")))
+    assert found["width"] == found["content"] == str(PHONE)
+    assert found["figures"] == "4"
+    assert 1 <= int(found["wide"]) == int(found["scrolled"]) == int(found["stayed"])
+
+
+@in_browser
+def test_light_and_dark_are_drawn(out, tmp_path):
+    pictures = []
+    for number, scheme in (("1", "light"), ("0", "dark")):
+        target = tmp_path / f"{scheme}.png"
+        browse(
+            tmp_path, out / "report.html", f"--blink-settings=preferredColorScheme={number}", f"--screenshot={target}"
+        )
+        pictures.append(np.asarray(Image.open(target).convert("RGB")).astype(int))
+    light, dark = pictures
+    assert light.shape == dark.shape == (1500, 1000, 3)
+    assert light[5, 5].min() > 240 and dark[5, 5].max() < 50  # the paper
+    for picture, series in ((light, (0, 114, 178)), (dark, (74, 159, 220))):
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+        assert (np.abs(picture - series).max(-1) < 8).sum() > 200  # a curve in its own colour

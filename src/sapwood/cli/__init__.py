@@ -14,6 +14,8 @@ from tyro.conf import OmitArgPrefixes, subcommand
 
 from sapwood.cli.compare import Compare
 from sapwood.cli.prune import Prune
+from sapwood.cli.recipes import Recipes
+from sapwood.cli.run import Run
 from sapwood.cli.show import Show
 from sapwood.cli.sweep import Sweep
 from sapwood.cli.train import Train
@@ -27,6 +29,8 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Recipes, subcommand("recipes")]
+    | Annotated[Run, subcommand("run")]
     | Annotated[Show, subcommand("show")]
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def compare_and_report(
     typed: str,
     *,
     tracker: str | None = None,
+    expected: Mapping[tuple[str, float], float] | None = None,
 ) -> int:
     """Does the runs and shows how far they are, then shows the table and writes the report; returns the exit code."""
     with SweepProgress(configs, out, f"{configs[0].model} on {configs[0].data}, runs") as progress:
@@ -65,5 +66,5 @@ def compare_and_report(
         from sapwood.experiments.report import write_report  # here, because matplotlib takes a second to import
 
         terminal.show(terminal.comparison_table(summarise(outcomes)))
-        print(write_report(outcomes, out, typed))
+        print(write_report(outcomes, out, typed, expected=expected))
     return FAILED if failed else 0

@@ -1,8 +1,7 @@
-"""The figures of a report. Okabe and Ito's colours with a marker each, so that no method is told by colour alone."""
+"""The figures of a report, and how they are put into a page and into files."""
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sapwood.experiments.config import DENSE
+from sapwood.experiments.looks import GRID, INK, MUTED, SERIES, looks, subject_of
 from sapwood.experiments.summary import Summary
 
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # of another length than SERIES: pairs repeat after 42 methods only
-INK, MUTED, GRID = "#1d2129", "#5b6470", "#dfe3e8"
+FAINT: Any = {"linestyle": ":", "linewidth": 1.2, "alpha": 0.6, "marker": "_", "markersize": 8, "markeredgewidth": 1.6}
+
 
 Curve = Sequence[tuple[float, float]]
+Published = Mapping[tuple[str, float], float]
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -47,14 +47,19 @@ _STYLE: Any = {
 }
 
 
-def accuracy(summary: Summary) -> Figure:
-    """Test accuracy against sparsity: mean and standard deviation of every method, the dense model as a band."""
+def accuracy(summary: Summary, published: Published) -> Figure:
+    """Test accuracy against sparsity: mean and standard deviation of every method, the dense model as a band.
+
+    Args:
+        summary: The numbers.
+        published: Others' test accuracies, percent, by method and sparsity; drawn faintly.
+    """
     with _axes((5.2, 3.6)) as (figure, axes):
         dense = summary.dense
         if dense.n:
             axes.axhspan(dense.mean - dense.std, dense.mean + dense.std, color=MUTED, alpha=0.15, linewidth=0)
             axes.axhline(dense.mean, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label=DENSE)
-        for i, (method, look) in enumerate(zip(summary.methods, _looks(), strict=False)):
+        for i, (method, look) in enumerate(looks(summary.methods).items()):
             shift = 1.018 ** ((len(summary.methods) - 1) / 2 - i)  # side by side, so that the bars can be told apart
             cells = [(s, cell) for s, cell in summary.cells[method].items() if cell.n]
             axes.errorbar(
@@ -65,26 +70,37 @@ def accuracy(summary: Summary) -> Figure:
                 elinewidth=1.2,
                 **look,
             )
+            known = [(s, published[method, s]) for s in summary.sparsities if (method, s) in published]
+            axes.plot([(1 - s) * shift for s, _ in known], [value for _, value in known], **{**look, **FAINT})
+        if published:
+            axes.plot([], [], color=MUTED, label="as published", **FAINT)
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks([1 - s for s in summary.sparsities], [f"{100 * s:g} %" for s in summary.sparsities])
+        axes.set_xticks([1 - s for s in summary.sparsities], [f"{100 * s:g}" for s in summary.sparsities])
         axes.invert_xaxis()
-        axes.set_xlabel("sparsity: share of the weights removed before training")
+        axes.set_xlabel("sparsity: weights removed before training, %")
         axes.set_ylabel("test accuracy, %")
         _legend(figure)
     return figure
 
 
-def layers(densities: Mapping[str, Mapping[str, float]], overall: float) -> Figure:
-    """Density of every layer under every method, in percent on a log scale; an empty layer is drawn at the bottom."""
+def layers(densities: Mapping[str, Mapping[str, float]], overall: float, order: Sequence[str]) -> Figure:
+    """Density of every layer under every method, in percent on a log scale; an empty layer is drawn at the bottom.
+
+    Args:
+        densities: By method and layer, 0 to 1; shuffled masks are left out, whose densities are those of their method.
+        overall: Density of the whole network.
+        order: All methods of the report, which share out colours and markers.
+    """
     names = list(next(iter(densities.values())))
     positive = [d for by_layer in densities.values() for d in by_layer.values() if d > 0]
     bottom = min(positive, default=overall) / 2
     with _axes((5.2, 3.6)) as (figure, axes):
         axes.axhline(100 * overall, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label="all layers")
-        for (method, by_layer), look in zip(densities.items(), _looks(), strict=False):
-            values = [100 * (by_layer[name] or bottom) for name in names]
-            axes.plot(range(len(names)), values, label=method, **look)
+        for method, by_layer in densities.items():
+            if subject_of(method) == method or subject_of(method) not in densities:
+                values = [100 * (by_layer[name] or bottom) for name in names]
+                axes.plot(range(len(names)), values, label=method, **looks(order)[method])
         _log_scale(axes)
         if any(not d for by_layer in densities.values() for d in by_layer.values()):
             axes.text(0.005, 100 * bottom, "empty", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED)
@@ -100,12 +116,12 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float) -> Figu
     return figure
 
 
-def curves(by_method: Mapping[str, Curve], label: str, *, log: bool = False) -> Figure:
+def curves(by_method: Mapping[str, Curve], label: str, order: Sequence[str], *, log: bool = False) -> Figure:
     """One line a method over the epochs; "dense" is drawn in grey."""
     with _axes((3.5, 3.0)) as (figure, axes):
-        looks = _looks()
+        dense = {"color": MUTED, "linestyle": (0, (4, 3))}
         for method, points in by_method.items():
-            look = {"color": MUTED, "linestyle": (0, (4, 3))} if method == DENSE else next(looks)
+            look = dense if method == DENSE else looks(order)[method]
             every = max(1, len(points) // 8)
             axes.plot([x for x, _ in points], [y for _, y in points], label=method, markevery=every, **look)
         if log:
@@ -113,7 +129,7 @@ def curves(by_method: Mapping[str, Curve], label: str, *, log: bool = False) -> 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        _legend(figure, columns=3)
+        _legend(figure, size=7.5)
     return figure
 
 
@@ -151,11 +167,6 @@ def _axes(inches: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
-def _looks() -> Iterator[dict[str, Any]]:
-    for colour, marker in zip(itertools.cycle(SERIES), itertools.cycle(MARKERS), strict=False):
-        yield {"color": colour, "marker": marker, "markeredgewidth": 0}
-
-
 def _log_scale(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -164,5 +175,18 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _legend(figure: Figure, columns: int = 4) -> None:
-    figure.legend(loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.4, borderaxespad=0)
+def _legend(figure: Figure, size: float = 9) -> None:
+    """Above the axes, in as many columns as fit; the figure grows by the rows beyond the first two."""
+    labels = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
+    inches = size / 9 * (0.5 + 0.075 * max(map(len, labels), default=0))
+    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + size / 9 * 0.18 * max(0, rows - 2))
+    figure.legend(
+        loc="outside upper left",
+        ncols=columns,
+        fontsize=size,
+        handlelength=1.8,
+        columnspacing=1.4,
+        borderaxespad=0,
+    )

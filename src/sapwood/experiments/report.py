@@ -1,57 +1,63 @@
-"""The report of a comparison: one HTML page that needs nothing else, its figures as files, and all runs as CSV."""
+"""The report of a comparison: one HTML page that needs nothing else, the same in Markdown, figures, all runs as CSV."""
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
-from sapwood.experiments import figures, store
-from sapwood.experiments.compare import Outcome, run_folder
+from sapwood.experiments import figures, looks, store, tables
+from sapwood.experiments.compare import Outcome
 from sapwood.experiments.config import DENSE
-from sapwood.experiments.figures import Curve
-from sapwood.experiments.store import RunResult
-from sapwood.experiments.summary import Summary, frame, select, sparsity, summarise
+from sapwood.experiments.drawing import draw
+from sapwood.experiments.figures import Published
+from sapwood.experiments.summary import Summary, finished, frame, summarise
 
-REPORT, TABLE = "report.html", "results.csv"
+NOTHING = "\N{EN DASH}"
+REPORT, MARKDOWN, TABLE = "report.html", "report.md", "results.csv"
+NEAR = 5e-4  # published sparsities are rounded
 
 
-def write_report(outcomes: Sequence[Outcome], out: Path, command: str) -> Path:
-    """Writes report.html, results.csv and figures/ into the comparison's folder.
+def write_report(
+    outcomes: Sequence[Outcome], out: Path, command: str, *, expected: Mapping[tuple[str, float], float] | None = None
+) -> Path:
+    """Writes report.html, report.md, results.csv and figures/ into the comparison's folder.
 
     Args:
         outcomes: All runs, failed ones included; at least one has a result.
         out: The comparison's folder, whose `runs` hold the training curves.
         command: What was typed, for the record.
+        expected: Published test accuracies, percent, by method label and sparsity, to show beside the measured ones;
+            the dense model's is at sparsity 0.
 
     Returns:
         The path of the page.
     """
     summary = summarise(outcomes)
-    drawn = _figures(outcomes, summary, out)
+    published = _published(expected or {}, summary)
+    drawn = draw(outcomes, summary, out, published)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figures.save(figure, out / "figures" / name)
     store.write_text(out / TABLE, frame(outcomes).to_csv(index=False, lineterminator="\n"))
-    page = _template().render(
-        outcome=outcomes[0],
-        summary=summary,
-        sentence=sentence(summary),
-        figures={name: figures.inline(figure, name) for name, figure in drawn.items()},
-        costs=_costs(outcomes, summary),
-        collapsed=[o for o in outcomes if o.result is not None and o.result.collapsed],
-        failed=[o for o in outcomes if o.result is None],
-        diverged=[o for o in outcomes if o.result is not None and o.result.diverged],
-        setup=_setup(outcomes, summary),
-        command=command,
-        series=len(figures.SERIES),
-    )
-    store.write_text(out / REPORT, page)
+    facts = {
+        "outcome": outcomes[0],
+        "summary": summary,
+        "published": published,
+        "sentence": sentence(summary),
+        "figures": {name: figures.inline(figure, name) for name, figure in drawn.items()},
+        "left": tables.left(outcomes, summary),
+        "costs": tables.costs(outcomes, summary),
+        "problems": tables.problems(outcomes),
+        "setup": tables.setup(outcomes, summary),
+        "on_gpu": any(result.environment.get("device") != "cpu" for _, result in finished(outcomes)),
+        "shuffled": [method for method in summary.methods if looks.subject_of(method) != method],
+        "command": command,
+    }
+    environment = _environment()
+    for file in (MARKDOWN, REPORT):
+        store.write_text(out / file, environment.get_template(f"{file}.jinja").render(facts))
     return out / REPORT
 
 
@@ -80,93 +86,29 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _figures(outcomes: Sequence[Outcome], summary: Summary, out: Path) -> dict[str, Figure]:
-    top = summary.sparsities[-1]
-    at_top = {method: _finished(select(outcomes, method, top)) for method in summary.methods}
-    at_top = {method: found for method, found in at_top.items() if found}
-    trained = {DENSE: _finished(select(outcomes, DENSE)), **at_top}
-    drawn = {"accuracy": figures.accuracy(summary)}
-    if at_top:
-        densities = {method: _layer_densities([result for _, result in found]) for method, found in at_top.items()}
-        drawn["layers"] = figures.layers(densities, 1 - top)
-    rows = {m: [store.read_rows(run_folder(out, o.config) / store.METRICS) for o, _ in f] for m, f in trained.items()}
-    for name, key, label in (
-        ("training-loss", "train_loss", "training loss"),
-        ("training-accuracy", "test_accuracy", "test accuracy, %"),
-    ):
-        lines = {method: _mean_curve(found, key) for method, found in rows.items() if found}
-        drawn[name] = figures.curves(lines, label, log=key == "train_loss")
-    return drawn
-
-
-def _finished(outcomes: Sequence[Outcome]) -> list[tuple[Outcome, RunResult]]:
-    return [(outcome, outcome.result) for outcome in outcomes if outcome.result is not None]
-
-
-def _layer_densities(results: Sequence[RunResult]) -> dict[str, float]:
-    """Mean over the seeds."""
+def _published(expected: Mapping[tuple[str, float], float], summary: Summary) -> Published:
+    """What was published for the cells of this comparison, under their own sparsities."""
+    cells = [(DENSE, 0.0), *((method, s) for method in summary.methods for s in summary.sparsities)]
     return {
-        name: statistics.mean(result.layers[name][0] / result.layers[name][1] for result in results)
-        for name in results[0].layers
+        (method, s): value
+        for method, s in cells
+        for (label, at), value in expected.items()
+        if label == method and abs(at - s) <= NEAR
     }
 
 
-def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]], key: str) -> Curve:
-    """Mean over the seeds, up to the last epoch that all of them have."""
-    return [(float(rows[0]["epoch"]), statistics.mean(row[key] for row in rows)) for rows in zip(*runs, strict=False)]
-
-
-def _costs(outcomes: Sequence[Outcome], summary: Summary) -> list[dict[str, Any]]:
-    rows = []
-    for method in (DENSE, *summary.methods):
-        results = [result for _, result in _finished(select(outcomes, method))]
-        if results:
-            rows.append(
-                {
-                    "method": method,
-                    "n": len(results),
-                    "prune": statistics.mean(result.prune_seconds for result in results),
-                    "train": statistics.mean(result.train_seconds for result in results),
-                }
-            )
-    return rows
-
-
-def _setup(outcomes: Sequence[Outcome], summary: Summary) -> dict[str, str]:
-    config = outcomes[0].config
-    train = {key: value for key, value in dataclasses.asdict(config.train).items() if key != "seed"}
-    if train["schedule"] != "step":
-        train = {key: value for key, value in train.items() if key not in ("milestones", "gamma")}
-    seeds = sorted({outcome.config.seed for outcome in outcomes})
-    fields = {o.config.method: o.config.fields for o in outcomes if o.config.fields}
-    setup = {
-        "data": config.data + (f" at {config.resolution} pixels" if config.resolution else ""),
-        "model": config.model,
-        "methods": ", ".join(summary.methods),
-        "method fields": "; ".join(f"{m}: {_pairs(f)}" for m, f in fields.items()) or "as in the method table",
-        "scoring sample": f"{config.per_class} training images a class, for methods that score on labels",
-        "least weights a layer": str(outcomes[-1].config.min_per_layer),
-        "training": _pairs(train),
-        "seeds": ", ".join(map(str, seeds)),
-    }
-    environment = [result.environment for _, result in _finished(outcomes)]
-    for key in environment[0] if environment else ():
-        setup[key] = " / ".join(dict.fromkeys(found.get(key, "unknown") for found in environment))
-    return setup
-
-
-def _pairs(values: Any) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in dict(values).items())
-
-
-def _template() -> jinja2.Template:
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sapwood", "experiments"),
-        autoescape=True,
+        autoescape=lambda name: name != f"{MARKDOWN}.jinja",
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share: f"{100 * share:g} %"
-    environment.globals["sparsity"] = sparsity
-    return environment.get_template("report.html.jinja")
+    environment.filters |= {
+        "percent": lambda share: f"{100 * share:g} %",
+        "plain": lambda text: str(text).translate({ord("|"): "\\|", ord("<"): "&lt;", ord("\n"): " "}),
+        "seconds": lambda seconds: NOTHING if seconds is None else f"{seconds:.2f}",
+        "mib": lambda size: NOTHING if size is None else f"{size / 2**20:,.0f}",
+    }
+    return environment

@@ -65,6 +65,16 @@ class RunResult:
     init_hash: str = ""
     order_hash: str = ""
 
+    @property
+    def kept(self) -> int:
+        """Weights that the masks keep."""
+        return sum(kept for kept, _ in self.layers.values())
+
+    @property
+    def weights(self) -> int:
+        """Prunable weights."""
+        return sum(total for _, total in self.layers.values())
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step: a killed write leaves the old one."""

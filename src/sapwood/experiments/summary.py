@@ -11,6 +11,7 @@ import numpy as np
 
 from sapwood.experiments.compare import Outcome
 from sapwood.experiments.config import DENSE
+from sapwood.experiments.store import RunResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,6 +89,11 @@ def select(outcomes: Sequence[Outcome], method: str, at: float | None = None) ->
     return [o for o in outcomes if o.config.label == method and at in (None, sparsity(o))]
 
 
+def finished(outcomes: Sequence[Outcome]) -> list[tuple[Outcome, RunResult]]:
+    """The outcomes that have a result, with it."""
+    return [(outcome, outcome.result) for outcome in outcomes if outcome.result is not None]
+
+
 def sparsity(outcome: Outcome) -> float:
     """Share of the weights removed, as it was asked for."""
     return round(1 - outcome.config.density, 12)
@@ -116,13 +122,20 @@ def _row(outcome: Outcome) -> dict[str, object]:
         **row,
         "test_accuracy": result.test_accuracy,
         "validation_accuracy": result.validation_accuracy,
-        "kept": sum(kept for kept, _ in result.layers.values()),
-        "weights": sum(total for _, total in result.layers.values()),
+        "kept": result.kept,
+        "effective": result.effective,
+        "weights": result.weights,
         "collapsed": " ".join(result.collapsed),
         "diverged": result.diverged,
         "epochs": result.epochs,
         "prune_seconds": result.prune_seconds,
         "train_seconds": result.train_seconds,
+        "prune_memory": result.prune_memory,
+        "train_memory": result.train_memory,
+        "flops_kept": result.flops and result.flops[0],
+        "flops": result.flops and result.flops[1],
+        "init_hash": result.init_hash,
+        "order_hash": result.order_hash,
         "error": "",
     }
 

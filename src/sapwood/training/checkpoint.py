@@ -76,9 +76,20 @@ def save(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> 
     }
     if state.fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-        half_written = path.with_name(path.name + ".tmp")
-        torch.save(content, half_written)
+        _write(content, path)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    half_written = path.with_name(path.name + ".tmp")
+    try:
+        with half_written.open("wb") as file:
+            torch.save(content, file)
         os.replace(half_written, path)
+    except (OSError, RuntimeError) as error:
+        half_written.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch hides a full disk behind "unexpected pos"
+            raise error.__context__ from None
+        raise
 
 
 def restore(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> None:

@@ -1,0 +1,34 @@
+"""Recipes for a machine without a GPU."""
+
+from __future__ import annotations
+
+from sapwood.experiments.grid import Grid
+from sapwood.experiments.recipes.paper import shuffled
+from sapwood.experiments.recipes.recipe import Recipe
+from sapwood.training import TrainConfig
+
+
+def digits() -> Recipe:
+    """What `sapwood compare` does without flags."""
+    return Recipe(
+        name="digits",
+        about="Six methods on scikit-learn's 8x8 digits with ResNet-8, in two minutes.",
+        source="Sapwood's demo; no published numbers",
+        grid=Grid(),
+        train=TrainConfig(epochs=5, batch_size=64, lr=0.1, schedule="one-cycle", milestones=()),
+    )
+
+
+def cifar10_laptop() -> Recipe:
+    """CIFAR-10 at a quarter of its pixels."""
+    methods = ("ntk-sap", shuffled("ntk-sap"), "synflow", "snip", "grasp", "magnitude", "erk", "random")
+    return Recipe(
+        name="cifar10-laptop",
+        about="CIFAR-10 at 16x16 pixels with ResNet-8 at high sparsity, within an hour on two CPU cores.",
+        source="Sapwood's own; no published numbers",
+        grid=Grid(
+            data="cifar10", model="resnet8", methods=methods, sparsities=(0.956, 0.982), seeds=(0, 1, 2), resolution=16
+        ),
+        train=TrainConfig(epochs=3, lr=0.1, schedule="one-cycle", milestones=(), weight_decay=5e-4, channels_last=True),
+        notes=("Three epochs are far from a full training: only its own methods can be compared with each other.",),
+    )

@@ -1,0 +1,300 @@
+"""Engines, and what keeps a sweep alive: processes that die, folders that two processes want, damage, full disks."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sapwood.errors import ConfigError, RunBusyError, SapwoodError
+from sapwood.experiments import engines, store
+from sapwood.experiments.compare import compare, run_folder
+from sapwood.experiments.config import ORDER_SEED, Place, RunConfig
+from sapwood.experiments.engines import EngineConfig
+from sapwood.experiments.engines.local import shares
+from sapwood.experiments.grid import Grid
+from sapwood.experiments.job import Job, attempt
+from sapwood.experiments.run import run
+from sapwood.training import TrainConfig
+
+CPU = Place(device="cpu", offline=True)
+SHORT = TrainConfig(epochs=2, milestones=(), lr=0.05, seed=ORDER_SEED)
+RANDOM = RunConfig("digits", "mlp", method="random", density=0.1, train=SHORT)
+HERE = EngineConfig(workers=1)
+
+
+def grid(*methods):
+    return Grid(model="mlp", methods=methods, sparsities=(0.9,), seeds=(0,)).runs(SHORT)
+
+
+def dies_once(net, masks, data, generator):
+    """Kills its process as the OOM killer would, the first time."""
+    marker = Path(os.environ["SAPWOOD_TEST_MARKER"])
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {name: torch.rand(weight.shape, generator=generator) for name, weight in net.weights.items()}
+
+
+def always_dies(net, masks, data, generator):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_deaths(outcomes):
+    """dense, dies_once, random, always_dies: one failed, in a sentence; the one that died once has its result."""
+    assert [outcome.result is None for outcome in outcomes] == [False, False, False, True]
+    assert outcomes[3].error.startswith("its process died 2 times")
+
+
+METHODS = (f"{__name__}:dies_once", "random", f"{__name__}:always_dies")
+
+
+def test_dead_process_is_retried_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
+    outcomes = compare(grid(*METHODS[:2]), tmp_path, CPU, engine=EngineConfig(workers=2, retries=1))
+    assert all(outcome.result is not None for outcome in outcomes)
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.slow
+def test_process_that_dies_again_and_again_fails_its_run_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
+    check_deaths(compare(grid(*METHODS), tmp_path, CPU, engine=EngineConfig(workers=2, retries=1)))
+
+
+@pytest.mark.slow
+def test_ray_retries_a_dead_worker(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="the extra 'cluster' is not installed")
+    monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for Ray's workers
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    script = (
+        "import warnings; from pathlib import Path; from sapwood.experiments.compare import compare\n"
+        "from sapwood.experiments.engines import EngineConfig; import test_engines as t\n"
+        f"out = Path({str(tmp_path)!r}); engine = EngineConfig('ray', 'local', cpus_per_run=1, retries=1)\n"
+        "t.check_deaths(compare(t.grid(*t.METHODS), out, t.CPU, engine=engine)); print('checked')"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
+    assert ended.stdout.splitlines()[-1:] == ["checked"], ended.stderr
+
+
+@pytest.mark.slow
+def test_slurm_submits_a_lost_job_again(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra 'cluster' is not installed")
+    monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for submitit's processes
+    engine = EngineConfig("slurm", "local", retries=1, submit=("timeout_min=5",))
+    check_deaths(compare(grid(*METHODS), tmp_path, CPU, engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "expected"),
+    [
+        (EngineConfig(), "cuda", ["cuda:0", "cuda:1"]),
+        (EngineConfig(runs_per_gpu=2), "cuda", ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
+        (EngineConfig(workers=3), "cuda", ["cuda:0", "cuda:1", "cuda:0"]),
+        (EngineConfig(runs_per_gpu=2), "cuda:1", ["cuda:1", "cuda:1"]),
+        (EngineConfig(workers=3, runs_per_gpu=5), "cpu", ["cpu"] * 3),
+    ],
+)
+def test_gpus_are_shared_out(monkeypatch, config, device, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert shares(torch.device(device), config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (EngineConfig("rai"), "Did you mean 'ray'.* Legal: local, ray, slurm"),
+        (EngineConfig(workers=0), "at least 1 process"),
+        (EngineConfig(retries=-1), "retries must be at least 0"),
+        (EngineConfig(runs_per_gpu=0), "runs_per_gpu must be at least 1"),
+        (EngineConfig(address="auto"), "address is for the engine ray or slurm"),
+        (EngineConfig("ray", submit=("a=1",)), "submit is for the engine slurm"),
+    ],
+)
+def test_wrong_engines_are_refused(config, said):
+    with pytest.raises(ConfigError, match=said):
+        engines.find(config)
+
+
+def test_engine_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(engines.NEEDS, "ray", "no_such_package")
+    with pytest.raises(ConfigError, match=r"sapwood\[cluster\]"):
+        engines.find(EngineConfig("ray"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (EngineConfig("slurm", "local", submit=("timeout",)), "KEY=VALUE"),
+        (EngineConfig("slurm", "local", submit=("colour=red",)), "colour"),
+        (EngineConfig("slurm", "nowhere"), "nowhere"),
+    ],
+)
+def test_slurm_parameters_are_checked(tmp_path, engine, said):
+    pytest.importorskip("submitit", reason="the extra 'cluster' is not installed")
+    with pytest.raises(ConfigError, match=said):
+        compare(grid("random"), tmp_path, CPU, engine=engine)
+
+
+# One run, one process.
+
+
+def test_second_process_waits_or_comes_back_busy(tmp_path):
+    with store.opened(tmp_path, RANDOM):
+        with pytest.raises(RunBusyError, match="Another process"):
+            run(RANDOM, tmp_path, CPU, wait=False)
+        outcome = attempt(Job(RANDOM, tmp_path, CPU))
+        assert outcome.busy and outcome.result is None
+    assert attempt(Job(RANDOM, tmp_path, CPU)).result is not None
+
+
+def test_run_of_another_process_is_left_for_last_and_its_result_taken(tmp_path):
+    configs = grid("random", "magnitude")
+    with contextlib.ExitStack() as other:
+        other.enter_context(store.opened(run_folder(tmp_path, configs[0]), configs[0]))
+        seen = []
+
+        def take(outcome, fresh):
+            seen.append(outcome.config.method)
+            other.close()  # the other process lets go once this one has done all else
+
+        outcomes = compare(configs, tmp_path, CPU, engine=HERE, on_run=take)
+    assert seen == ["random", "magnitude", "dense"]
+    assert all(outcome.result is not None for outcome in outcomes)
+
+
+def test_lock_and_remnants_of_a_killed_process_are_no_obstacle(tmp_path):
+    script = (
+        "import os, pathlib, sys; from sapwood.experiments import store; import test_engines as t\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with store.opened(folder, t.RANDOM):\n"
+        "    (folder / '.config.json.1.tmp').write_text('{'); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    assert ended.returncode == -signal.SIGKILL
+    assert run(RANDOM, tmp_path, CPU, wait=False).epochs == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+# Damage. Every file of a run, after its end and in the midst of it.
+
+FILES = ("config.json", "environment.json", "masks.safetensors", "metrics.jsonl", "result.json", "checkpoint.pt")
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: bytes(len(content)),  # what a power failure leaves
+    "text": lambda content: b"not what it was\n",
+    "null": lambda content: b"null\n",
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / RANDOM.id
+    return folder, run(RANDOM, folder, CPU)
+
+
+class Stop(BaseException):
+    pass
+
+
+def stop(row):
+    raise Stop
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("moment", ["midway", "finished"])
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_file_is_noticed_and_redone(tmp_path, undisturbed, name, moment, damage):
+    whole, expected = undisturbed
+    folder = run_folder(tmp_path, RANDOM)
+    if moment == "midway":
+        with pytest.raises(Stop):
+            run(RANDOM, folder, CPU, on_epoch=stop)
+    else:
+        shutil.copytree(whole, folder)
+    file = folder / name
+    if not file.exists():
+        assert (moment, name) in {("midway", "result.json"), ("finished", "checkpoint.pt")}
+        file.write_bytes(b"0" * 100)
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    (outcome,) = compare([RANDOM], tmp_path, CPU, engine=HERE)
+    assert outcome.result is not None, outcome.error
+    assert outcome.result.test_accuracy == expected.test_accuracy
+    assert (folder / "masks.safetensors").stat().st_size == (whole / "masks.safetensors").stat().st_size
+    assert len(store.read_rows(folder / "metrics.jsonl")) == 2
+    assert json.loads((folder / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
+
+
+def test_config_of_an_older_version_is_not_another_run(tmp_path):
+    store.write_json(tmp_path / "config.json", {k: v for k, v in RANDOM.to_json().items() if k != "control"})
+    assert run(RANDOM, tmp_path, CPU).epochs == 2
+    with pytest.raises(ConfigError, match="differs in control"):
+        run(dataclasses.replace(RANDOM, control="shuffle"), tmp_path, CPU)
+
+
+def test_environment_lies_beside_the_config(undisturbed):
+    folder, result = undisturbed
+    assert json.loads((folder / "environment.json").read_text()) == result.environment
+
+
+# A full disk.
+
+
+def check_full(call):
+    with pytest.raises(SapwoodError, match=r"The disk is full .* the same command goes on") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("victim", ["write_rows", "write_result"])
+def test_full_disk_stops_the_sweep_with_one_sentence(tmp_path, monkeypatch, victim):
+    configs, real, calls = grid("random", "magnitude"), getattr(store, victim), []
+
+    def write(*args):
+        calls.append(args)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, victim, write)
+        if victim == "write_result":
+            calls.extend([None] * 3)  # the second result finds no room
+        check_full(lambda: compare(configs, tmp_path, CPU, engine=HERE))
+    kept = [config.method for config in configs if store.finished(run_folder(tmp_path, config), config)]
+    assert kept == ["dense"]
+    fresh = []
+    outcomes = compare(configs, tmp_path, CPU, engine=HERE, on_run=lambda o, new: fresh.append(new))
+    assert fresh == [False, True, True]
+    assert all(outcome.result is not None for outcome in outcomes)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_really_full_disk(tiny_disk):
+    configs = grid("random", "magnitude")
+    check_full(lambda: compare(configs, tiny_disk, CPU, engine=HERE))  # the checkpoint of 51,000 weights
+    assert not list(tiny_disk.rglob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(tiny_disk)], check=True)
+    assert all(o.result is not None for o in compare(configs, tiny_disk, CPU, engine=HERE))
