@@ -244,8 +244,10 @@ def test_train_under_masks_keeps_zeros_and_writes_the_result(mask_file, tmp_path
     assert all(not weights[name][~mask].any() for name, mask in masks.items())
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
+        "environment.json",
         "metrics.jsonl",
         "result.json",
+        "run.lock",
         "weights.safetensors",
     ]
 
