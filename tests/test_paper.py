@@ -20,7 +20,7 @@ AUTHORS = {
 }  # fmt: skip
 """Least and most that the authors' unmodified code (e23682b) keeps in each layer, in percent, over five seeds.
 
-At T=20, R=5, 100 inputs and density 0.8^18. A single seed will not do as a reference: in the last layers, which keep some
+At T=20, R=5, 100 inputs and density 0.8^18. A single seed is no reference: in the last layers, which keep some
 hundred weights, the authors' own seeds differ by up to a factor of 1.9.
 """
 
