@@ -30,7 +30,7 @@ class TestExactness:
     @pytest.mark.trap(33)
     @given(
         st.sampled_from(range(len(RULES))),
-        st.integers(115, TOTAL),
+        st.integers(127, TOTAL),
         st.integers(0, 50),
         st.integers(0, 4),
         st.integers(0, 9),
@@ -91,8 +91,9 @@ class TestLayerBudgets:
         variant = Layerwise("uniform+")(scores(), DENSE, TOTAL // 2).per_layer()
         assert variant["conv1"].density == 1
         assert variant["conv2"].density == pytest.approx(variant["fc"].density, abs=0.02)
-        with pytest.raises(BudgetError, match="first layer"):
-            Layerwise("uniform+")(scores(), DENSE, 100)
+        for keep, floor in ((100, 0), (108, 0), (116, 4)):
+            with pytest.raises(BudgetError, match="first layer"):
+                Layerwise("uniform+", floor)(scores(), DENSE, keep)
 
     def test_like_other_masks(self):
         other = Global()(scores(1), DENSE, 77)

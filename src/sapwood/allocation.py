@@ -66,7 +66,7 @@ class Layerwise:
     def __call__(self, scores: Scores, candidates: Masks, keep: int) -> Masks:
         """Keeps the highest scores of each layer, `keep` in all."""
         floors = _floors(candidates, self.min_per_layer, keep)
-        weights = self._weights(scores, keep)
+        weights = self._weights(scores, floors, keep)
         counts = apportion(weights, floors, _alive(candidates), keep)
         chosen = {}
         for name, score in scores.items():
@@ -74,7 +74,7 @@ class Layerwise:
             chosen[name] = _top(ranked, counts[name]).reshape(score.shape)
         return Masks(chosen)
 
-    def _weights(self, scores: Scores, keep: int) -> dict[str, float]:
+    def _weights(self, scores: Scores, floors: Mapping[str, int], keep: int) -> dict[str, float]:
         sizes = {name: score.numel() for name, score in scores.items()}
         if isinstance(self.shares, Mapping):
             missing = [name for name in sizes if name not in self.shares]
@@ -86,10 +86,10 @@ class Layerwise:
         weights = {name: float(size) for name, size in sizes.items()}
         if self.shares == "uniform+":
             first = next(iter(sizes))
-            if sizes[first] >= keep:
+            if sizes[first] + sum(floor for name, floor in floors.items() if name != first) >= keep:
                 raise BudgetError(
-                    f"'uniform+' keeps the first layer {first!r} dense ({sizes[first]:,} weights), but the budget is "
-                    f"{keep:,}; use 'uniform' or a higher density."
+                    f"'uniform+' keeps the first layer {first!r} dense ({sizes[first]:,} weights), which with the "
+                    f"floors of the others exhausts the budget of {keep:,}; use 'uniform' or a higher density."
                 )
             weights[first] = math.inf
         return weights
