@@ -1,6 +1,7 @@
 """The program: its flags, its sentences, its exit codes, and that a failed command leaves everything as it was."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -307,12 +308,18 @@ def test_help_does_not_import_what_only_reports_need():
 def test_interrupt_exits_with_130_and_one_line(tmp_path):
     out = tmp_path / "run"
     typed = ["train", "mlp", "--epochs", "400", "--milestones", "--lr", "0.01", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "sapwood", *typed], stderr=subprocess.PIPE, text=True)
-    while not (out / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    # A background job of a shell ignores Ctrl-C, and so would its children: the test may be part of one.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", "sapwood", *typed]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
+        try:
+            while not (out / "checkpoint.pt").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            os.kill(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert re.fullmatch(r"sapwood: error: interrupted.*\n", said)
     assert not (out / "result.json").exists()

@@ -124,7 +124,7 @@ def shortened(config):
     """One step of pruning and one of training."""
     few = {"ntk-sap": {"rounds": 1, "resamples": 1, "samples": 2}, "synflow": {"rounds": 1}}
     few |= {method: {"rounds": 2} for method in ("iter-snip", "force")}
-    train = dataclasses.replace(config.train, epochs=1, batch_size=4, milestones=())
+    train = dataclasses.replace(config.train, epochs=1, batch_size=256, milestones=())
     fields = {**config.fields, **few.get(config.method, {})}
     return dataclasses.replace(config, fields=fields, per_class=1, train=train)
 
