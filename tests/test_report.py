@@ -21,6 +21,7 @@ from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import RunConfig
 from sapwood.experiments.looks import looks
+from sapwood.experiments.pairs import differences
 from sapwood.experiments.report import listed, sentence, write_report
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.summary import frame, summarise
@@ -247,6 +248,29 @@ def test_what_is_left_and_what_it_cost(page):
     assert ["a&lt;b&gt;&amp;co", "96.00 30", f"{collapsed:.2f} 26"] in rows
     assert ["ntk-sap", "0.50", "3", "1.50", "1,024", "6"] in rows
     assert ["dense", "\N{EN DASH}", "\N{EN DASH}", "1.50", "1,024", "3"] in rows
+
+
+def test_differences_from_the_first_method_are_paired_by_seed(outcomes, page, out):
+    found = differences(summarise(outcomes))
+    for (method, sparsity), values in ACCURACIES.items():
+        if method not in ("dense", "ntk-sap"):
+            test = ttest_rel(values, ACCURACIES["ntk-sap", sparsity])
+            low, high = test.confidence_interval(0.95)
+            cell = found[method][sparsity]
+            assert cell.mean == pytest.approx((low + high) / 2)
+            assert cell.half_width == pytest.approx((high - low) / 2)
+            assert cell.clear == (test.pvalue < 0.05)
+    assert found["grasp"][0.98] is None  # which has no result
+    assert ["snip", "-0.4 \N{PLUS-MINUS SIGN} 1.1", "-7.7 \N{PLUS-MINUS SIGN} 1.4"] in rows_of(page)
+    row = "| snip | -0.4 \N{PLUS-MINUS SIGN} 1.1 | **-7.7 \N{PLUS-MINUS SIGN} 1.4** |"
+    assert row in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_one_seed_gives_a_difference_without_an_interval():
+    summary = summarise([outcome("snip", 0.9, 0, 90.0), outcome("random", 0.9, 0, 89.5)])
+    (cell,) = differences(summary)["random"].values()
+    assert (str(cell), cell.clear) == ("-0.5", False)
+    assert differences(summarise([outcome("snip", 0.9, 0, 90.0)])) == {}
 
 
 def test_published_numbers_stand_beside_the_measured_ones(page, out, outcomes, tmp_path):

@@ -12,6 +12,7 @@ from sapwood.experiments.compare import Outcome
 from sapwood.experiments.config import DENSE
 from sapwood.experiments.drawing import draw
 from sapwood.experiments.figures import Published
+from sapwood.experiments.pairs import differences
 from sapwood.experiments.summary import Summary, finished, frame, summarise
 
 NOTHING = "\N{EN DASH}"
@@ -47,6 +48,7 @@ def write_report(
         "published": published,
         "sentence": sentence(summary),
         "figures": {name: figures.inline(figure, name) for name, figure in drawn.items()},
+        "differences": differences(summary),
         "left": tables.left(outcomes, summary),
         "costs": tables.costs(outcomes, summary),
         "problems": tables.problems(outcomes),
