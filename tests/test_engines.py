@@ -18,7 +18,7 @@ from sapwood.errors import ConfigError, RunBusyError, SapwoodError
 from sapwood.experiments import engines, store
 from sapwood.experiments.compare import compare, run_folder
 from sapwood.experiments.config import ORDER_SEED, Place, RunConfig
-from sapwood.experiments.engines import EngineConfig
+from sapwood.experiments.engines import EngineConfig, local
 from sapwood.experiments.engines.local import shares
 from sapwood.experiments.grid import Grid
 from sapwood.experiments.job import Job, attempt
@@ -108,6 +108,12 @@ def test_slurm_submits_a_lost_job_again(tmp_path, monkeypatch):
 def test_gpus_are_shared_out(monkeypatch, config, device, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert shares(torch.device(device), config) == expected
+
+
+def test_one_process_keeps_to_its_threads(monkeypatch, tmp_path):
+    monkeypatch.setattr(local, "attempt", lambda job: job.threads)
+    assert list(local.outcomes([Job(RANDOM, tmp_path, CPU)], EngineConfig(workers=1, cpus_per_run=3))) == [3]
+    assert list(local.outcomes([Job(RANDOM, tmp_path, CPU)], HERE)) == [None]  # torch's own choice
 
 
 @pytest.mark.parametrize(

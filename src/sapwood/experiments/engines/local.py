@@ -53,7 +53,7 @@ def outcomes(jobs: Sequence[Job], config: EngineConfig) -> Generator[Outcome]:
     """Does the jobs side by side; 1 worker stays in this process, where a debugger sees it."""
     device_of(jobs[0].place.device)  # said once, and not by every run
     if config.workers == 1:
-        yield from map(attempt, jobs)
+        yield from (attempt(dataclasses.replace(job, threads=config.cpus_per_run)) for job in jobs)
         return
     others = set(multiprocessing.active_children())
     workers = _workers(jobs, config)
