@@ -101,9 +101,11 @@ def label_of(method: str, fields: Mapping[str, Any], control: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A field's value as one types it: 1e-6 rather than 1e-06, false rather than False."""
-    text = str(value)
-    return text.lower() if isinstance(value, bool) else text.replace("e-0", "e-") if isinstance(value, float) else text
+    """A field's value as one types it: 0 and 1e-6 rather than 0.0 and 1e-06, false rather than False."""
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return (short if float(short) == value else str(value)).replace("e-0", "e-")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def seeded(train: TrainConfig, seed: int) -> TrainConfig:
