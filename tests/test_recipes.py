@@ -279,8 +279,8 @@ def test_images_and_hours(monkeypatch):
     monkeypatch.setattr(estimate, "cores", lambda: 2)
     cost = estimate.estimate(load("cifar10-laptop"), torch.device("cpu"))
     assert cost.runs == 3 + 8 * 2 * 3
-    assert cost.images == 51 * 3 * 50_000
-    assert cost.hours == pytest.approx(51 * 3 * 50 / 3600 / 2)
+    assert cost.images == 51 * 2 * 50_000
+    assert cost.hours == pytest.approx(51 * 2 * 50 / 3600 / 2)
 
 
 def test_what_is_known_of_a_data_set_is_true():
