@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sapwood import Masks
 from sapwood.errors import ConfigError, RunBusyError, SapwoodError
 from sapwood.experiments import engines, store
 from sapwood.experiments.compare import compare, run_folder
@@ -232,7 +233,7 @@ def test_damaged_file_is_noticed_and_redone(tmp_path, undisturbed, name, moment,
     (outcome,) = compare([RANDOM], tmp_path, CPU, engine=HERE)
     assert outcome.result is not None, outcome.error
     assert outcome.result.test_accuracy == expected.test_accuracy
-    assert (folder / "masks.safetensors").stat().st_size == (whole / "masks.safetensors").stat().st_size
+    assert Masks.load(folder / "masks.safetensors") == Masks.load(whole / "masks.safetensors")
     assert len(store.read_rows(folder / "metrics.jsonl")) == 2
     assert json.loads((folder / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
 
@@ -246,7 +247,7 @@ def test_config_of_an_older_version_is_not_another_run(tmp_path):
 
 def test_environment_lies_beside_the_config(undisturbed):
     folder, result = undisturbed
-    assert json.loads((folder / "environment.json").read_text()) == result.environment
+    assert store.read_json(folder / "environment.json") == result.environment
 
 
 # A full disk.

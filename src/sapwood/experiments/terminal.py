@@ -93,7 +93,7 @@ def comparison_table(summary: Summary) -> Group:
 
 
 @contextmanager
-def progress(*columns: str) -> Iterator[Progress]:
+def progress(*columns: str, silent: bool = False) -> Iterator[Progress]:
     """A bar on standard error, and nothing where that is not a terminal; `columns` are field names to show after it."""
     console = Console(stderr=True, highlight=False)
     shown = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
@@ -106,7 +106,7 @@ def progress(*columns: str) -> Iterator[Progress]:
         *shown,
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=silent or not console.is_terminal,
     ) as bar:
         yield bar
 
