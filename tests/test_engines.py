@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import PATH
 from sapwood import Masks
 from sapwood.errors import ConfigError, RunBusyError, SapwoodError
 from sapwood.experiments import engines, store
@@ -75,7 +76,7 @@ def test_process_that_dies_again_and_again_fails_its_run_only(tmp_path, monkeypa
 def test_ray_retries_a_dead_worker(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="the extra 'cluster' is not installed")
     monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for Ray's workers
+    monkeypatch.setenv("PYTHONPATH", PATH)  # for Ray's workers
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     script = (
         "import warnings; from pathlib import Path; from sapwood.experiments.compare import compare\n"
@@ -91,7 +92,7 @@ def test_ray_retries_a_dead_worker(tmp_path, monkeypatch):
 def test_slurm_submits_a_lost_job_again(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="the extra 'cluster' is not installed")
     monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for submitit's processes
+    monkeypatch.setenv("PYTHONPATH", PATH)  # for submitit's processes
     engine = EngineConfig("slurm", "local", retries=1, submit=("timeout_min=5",))
     check_deaths(compare(grid(*METHODS), tmp_path, CPU, engine=engine))
 
@@ -182,7 +183,7 @@ def test_lock_and_remnants_of_a_killed_process_are_no_obstacle(tmp_path):
         "    (folder / '.config.json.1.tmp').write_text('{'); os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": PATH})
     assert ended.returncode == -signal.SIGKILL
     assert run(RANDOM, tmp_path, CPU, wait=False).epochs == 2
     assert not list(tmp_path.glob(".*"))

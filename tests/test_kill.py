@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import PATH
 from sapwood import Masks
 from sapwood.experiments import store
 from sapwood.experiments.compare import compare, run_folder
@@ -66,8 +67,7 @@ def sweep(out, engine):
 
 
 def start(out, engine, pause):
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, LOG: str(out / "log"), PAUSE: str(pause), "PYTHONPATH": here}
+    environment = {**os.environ, LOG: str(out / "log"), PAUSE: str(pause), "PYTHONPATH": PATH}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     code = f"import test_kill; test_kill.sweep({str(out)!r}, {engine!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
