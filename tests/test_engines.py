@@ -189,16 +189,18 @@ def test_lock_and_remnants_of_a_killed_process_are_no_obstacle(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-# Damage. Every file of a run, after its end and in the midst of it.
+# Damage. Every file of a run, after its end and in the midst of it; how it is noticed is tested in test_integrity.py.
 
 FILES = ("config.json", "environment.json", "masks.safetensors", "metrics.jsonl", "result.json", "checkpoint.pt")
 DAMAGE = {
-    "empty": lambda content: b"",
     "cut": lambda content: content[: len(content) // 2],
-    "zeros": lambda content: bytes(len(content)),  # what a power failure leaves
-    "text": lambda content: b"not what it was\n",
-    "null": lambda content: b"null\n",
+    "flip": lambda content: flipped(content, 2 * len(content) // 3),
 }
+
+
+def flipped(content, place):
+    """One byte with its lowest bit turned."""
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,4 +55,6 @@ class Together:
         devices = started if self.devices is None else self.devices
         if (devices, self.strategy) == (1, "auto"):
             return None
+        importlib.import_module("lightning_fabric")  # which sets the level that the next line changes
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         return fabric_for(device, devices, self.strategy, precision)

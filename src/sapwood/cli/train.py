@@ -13,6 +13,7 @@ from sapwood.experiments import terminal
 from sapwood.experiments.config import Place, RunConfig, seeded, under
 from sapwood.experiments.run import run
 from sapwood.experiments.store import RunResult
+from sapwood.experiments.together import end
 from sapwood.masks import Masks
 from sapwood.training import Epoch
 
@@ -61,10 +62,15 @@ class Train:
         fabric = self.together.fabric(self.place.device, config.train.precision)
         try:
             result = self._run(config, masks, fabric)
+            if fabric is not None:
+                fabric.barrier()
         except (SapwoodError, KeyboardInterrupt):
             if fabric is None or fabric.is_global_zero:
                 raise
             return OTHER  # which the first process speaks for
+        finally:
+            if fabric is not None:
+                end(fabric)
         if fabric is None or fabric.is_global_zero:
             self._tell(result)
         return 0

@@ -91,6 +91,7 @@ def run(
                 environment=where,
                 init_hash=initial,
                 order_hash=order_hash(split, config.train.seed),
+                settings={} if masks is None else masks.provenance.get("fields", {}),
                 files=store.digests(folder),
             )
             store.write_result(folder, summary)
@@ -167,6 +168,8 @@ def _trained(
         if not resumes:
             raise
         # Damaged, and nothing of it was loaded: the same training begins again.
+        if fabric is not None:
+            fabric.barrier()  # until all have read it
         first(fabric, lambda: checkpoint.unlink(missing_ok=True))
         result = go_on()
     first(fabric, lambda: store.write_rows(folder / store.METRICS, result.history))  # with those before an interruption

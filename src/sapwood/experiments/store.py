@@ -46,6 +46,7 @@ class RunResult:
         effective: Kept weights on a path from an input to an output; None where that cannot be told.
         init_hash: Of the initial weights.
         order_hash: Of the first training batch.
+        settings: The method's fields, those of the method table included.
         files: SHA-256 of the metrics, masks and weights beside the result, by file name.
 
     Fields with defaults came later: results without them are still read.
@@ -66,6 +67,7 @@ class RunResult:
     effective: int | None = None
     init_hash: str = ""
     order_hash: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -186,11 +188,11 @@ def _enter(folder: Path, config: RunConfig) -> None:
 
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:
+    if folder.name == config.id:  # the name says which run it is: a file that says otherwise is damaged
+        return
     try:
         changed = _differences(read_json(folder / CONFIG), config)
     except ValueError as error:
-        if folder.name == config.id:  # the folder's name says which run it is
-            return
         path = folder / CONFIG
         raise ConfigError(f"{path} is damaged; choose another folder, or delete it to start the run over.") from error
     if changed:
@@ -203,4 +205,4 @@ def _differences(found: Mapping[str, Any], config: RunConfig) -> list[str]:
     """The settings in which a config that was read differs; an older file lacks the newer ones."""
     found = json.loads(json.dumps({**RunConfig("", "").to_json(), **found}))
     wanted = json.loads(json.dumps(config.to_json()))
-    return [key for key in wanted if found.get(key) != wanted[key]]
+    return [key for key in {**wanted, **found} if key not in wanted or found[key] != wanted[key]]

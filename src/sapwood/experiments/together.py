@@ -51,3 +51,11 @@ def gathered(model: nn.Module, fabric: Fabric, fresh: Callable[[], nn.Module]) -
     if fabric.is_global_zero:  # the others are given none
         whole.load_state_dict(weights)
     return whole
+
+
+def end(fabric: Fabric) -> None:
+    """Takes leave of the other processes, which must not find this one gone while they still talk to it."""
+    import torch.distributed as dist
+
+    if fabric.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
