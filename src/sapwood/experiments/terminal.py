@@ -86,8 +86,8 @@ def comparison_table(summary: Summary) -> Group:
         Text("Test accuracy after the last epoch, % (mean ± std over n seeds)\n"),
         table,
         Text(
-            "\nbold: best of its sparsity and, marked ≈, what is not told from it (95 %, paired by seed, error pooled over "
-            "methods)",
+            "\nbold: best of its sparsity and, marked ≈, what is not told from it (95 %, paired by seed, "
+            "error pooled over methods)",
             style="dim",
         ),
     )
