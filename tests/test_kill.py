@@ -1,8 +1,8 @@
 """`kill -9` at random moments of a sweep: nothing is lost, nothing is done twice, and the results are the same.
 
 The sweeps are of tiny runs, slowed down. $SAPWOOD_KILL_SECONDS says for how long there are kills (default 45; the
-full trial is 600), $SAPWOOD_KILL_SEED when they come, $SAPWOOD_KILL_SEEDS how
-many seeds the sweep has (four runs each; default: one in 6 s, enough to outlast the kills). $SAPWOOD_KILL_EVIDENCE is a folder for what was seen, as JSON.
+full trial is 600), $SAPWOOD_KILL_SEED when they come, $SAPWOOD_KILL_SEEDS how many seeds the sweep has (four runs each;
+default: one in 6 s, enough to outlast the kills). $SAPWOOD_KILL_EVIDENCE is a folder for what was seen, as JSON.
 """
 
 import contextlib
