@@ -15,6 +15,7 @@ import torch
 
 from sapwood import Masks
 from sapwood.cli import main
+from sapwood.errors import ConfigError
 from sapwood.experiments.config import INIT_SEED
 from sapwood.models import create
 from sapwood.training import TrainConfig
@@ -266,12 +267,70 @@ def test_train_does_not_repeat_itself_and_refuses_another_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("around", "typed", "expected"),
+    [
+        ({}, [], None),
+        ({}, ["--devices", "2"], ("cpu", 2, "auto", "float32")),
+        ({}, ["--devices", "1", "--strategy", "fsdp"], ("cpu", 1, "fsdp", "float32")),
+        ({"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "4"}, [], ("cpu", 4, "auto", "float32")),
+        ({"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "4"}, ["--devices", "1"], None),
+        ({"LOCAL_WORLD_SIZE": "4"}, [], None),  # of something else
+    ],
+)
+def test_devices_are_those_asked_for_or_started_by_torchrun(tmp_path, monkeypatch, around, typed, expected):
+    asked = []
+    monkeypatch.setattr("sapwood.cli.flags.fabric_for", lambda *settings: asked.append(settings))
+    for name, value in around.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "mlp", *QUICK, "--device", "cpu", *typed, "--out", str(tmp_path / "run")]) == 0
+    assert asked == ([] if expected is None else [expected])
+
+
+def test_other_processes_leave_the_words_to_the_first(tmp_path, capsys, monkeypatch):
+    class Second:
+        is_global_zero, world_size, device = False, 2, torch.device("cpu")
+
+    monkeypatch.setattr("sapwood.cli.flags.fabric_for", lambda *settings: Second())
+    monkeypatch.setattr("sapwood.cli.train.run", lambda *_, **__: None)
+    typed = ["train", "mlp", *QUICK, "--devices", "2", "--out", str(tmp_path / "run")]
+    assert main(typed) == 0
+
+    def refuse(*_, **__):
+        raise ConfigError("which the first process says.")
+
+    monkeypatch.setattr("sapwood.cli.train.run", refuse)
+    assert main(typed) == 3
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]])
+def test_train_in_two_processes(mask_file, tmp_path, launcher):
+    typed = ["train", "mlp", *QUICK, "--device", "cpu", "--masks", str(mask_file), "--out"]
+    typed += [str(tmp_path / "two"), *([] if launcher else ["--devices", "2"])]
+    command = [sys.executable, "-m", *launcher, "sapwood", *typed]
+    for _ in range(2):  # the second time it is there
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=250)
+        assert ended.returncode == 0, ended.stderr
+        assert re.fullmatch(r"test accuracy after epoch 1: [\d.]+ %\n.*/two\n", ended.stdout), ended.stdout
+    assert main(["train", "mlp", *QUICK, "--masks", str(mask_file), "--out", str(tmp_path / "one")]) == 0
+    two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
+    assert two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=0.3)  # one of 355 images
+    assert two["environment"]["processes"].startswith("2 (")
+    ended = subprocess.run([*command, "--batch-size", "32"], capture_output=True, text=True, timeout=250)
+    assert ended.returncode != 0 and ended.stderr.count("differs in train") == 1
+
+
+@pytest.mark.parametrize(
     ("typed", "said"),
     [
         (["--lr", "-1"], "lr must be above 0"),
         (["--schedule", "cosin"], "Did you mean 'cosine'?"),
         (["--data", "folder"], "needs root"),
         (["--precision", "fp61"], "Did you mean 'fp16'?"),
+        (["--devices", "0"], "devices must be at least 1"),
+        (["--strategy", "fdsp"], "Did you mean 'fsdp'?"),
         (["--data", "tiny-imagenet", "--offline", "--data-root", "nowhere"], "nowhere"),
     ],
 )

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import PATH
+from sapwood import Masks
 from sapwood.errors import ConfigError, RunBusyError, SapwoodError
 from sapwood.experiments import engines, store
 from sapwood.experiments.compare import compare, run_folder
@@ -74,7 +76,7 @@ def test_process_that_dies_again_and_again_fails_its_run_only(tmp_path, monkeypa
 def test_ray_retries_a_dead_worker(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="the extra 'cluster' is not installed")
     monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for Ray's workers
+    monkeypatch.setenv("PYTHONPATH", PATH)  # for Ray's workers
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     script = (
         "import warnings; from pathlib import Path; from sapwood.experiments.compare import compare\n"
@@ -90,7 +92,7 @@ def test_ray_retries_a_dead_worker(tmp_path, monkeypatch):
 def test_slurm_submits_a_lost_job_again(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="the extra 'cluster' is not installed")
     monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for submitit's processes
+    monkeypatch.setenv("PYTHONPATH", PATH)  # for submitit's processes
     engine = EngineConfig("slurm", "local", retries=1, submit=("timeout_min=5",))
     check_deaths(compare(grid(*METHODS), tmp_path, CPU, engine=engine))
 
@@ -187,22 +189,24 @@ def test_lock_and_remnants_of_a_killed_process_are_no_obstacle(tmp_path):
         "    (folder / '.config.json.1.tmp').write_text('{'); os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": PATH})
     assert ended.returncode == -signal.SIGKILL
     assert run(RANDOM, tmp_path, CPU, wait=False).epochs == 2
     assert not list(tmp_path.glob(".*"))
 
 
-# Damage. Every file of a run, after its end and in the midst of it.
+# Damage. Every file of a run, after its end and in the midst of it; how it is noticed is tested in test_integrity.py.
 
 FILES = ("config.json", "environment.json", "masks.safetensors", "metrics.jsonl", "result.json", "checkpoint.pt")
 DAMAGE = {
-    "empty": lambda content: b"",
     "cut": lambda content: content[: len(content) // 2],
-    "zeros": lambda content: bytes(len(content)),  # what a power failure leaves
-    "text": lambda content: b"not what it was\n",
-    "null": lambda content: b"null\n",
+    "flip": lambda content: flipped(content, 2 * len(content) // 3),
 }
+
+
+def flipped(content, place):
+    """One byte with its lowest bit turned."""
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +242,7 @@ def test_damaged_file_is_noticed_and_redone(tmp_path, undisturbed, name, moment,
     (outcome,) = compare([RANDOM], tmp_path, CPU, engine=HERE)
     assert outcome.result is not None, outcome.error
     assert outcome.result.test_accuracy == expected.test_accuracy
-    assert (folder / "masks.safetensors").stat().st_size == (whole / "masks.safetensors").stat().st_size
+    assert Masks.load(folder / "masks.safetensors") == Masks.load(whole / "masks.safetensors")
     assert len(store.read_rows(folder / "metrics.jsonl")) == 2
     assert json.loads((folder / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
 
@@ -252,7 +256,7 @@ def test_config_of_an_older_version_is_not_another_run(tmp_path):
 
 def test_environment_lies_beside_the_config(undisturbed):
     folder, result = undisturbed
-    assert json.loads((folder / "environment.json").read_text()) == result.environment
+    assert store.read_json(folder / "environment.json") == result.environment
 
 
 # A full disk.

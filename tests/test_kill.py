@@ -1,11 +1,13 @@
 """`kill -9` at random moments of a sweep: nothing is lost, nothing is done twice, and the results are the same.
 
 The sweeps are of tiny runs, slowed down. $SAPWOOD_KILL_SECONDS says for how long there are kills (default 45; the
-full trial is 600), $SAPWOOD_KILL_SEED when they come.
+full trial is 600), $SAPWOOD_KILL_SEED when they come, $SAPWOOD_KILL_SEEDS how many seeds the sweep has (four runs each;
+default: one in 6 s, enough to outlast the kills). $SAPWOOD_KILL_EVIDENCE is a folder for what was seen, as JSON.
 """
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import signal
@@ -16,12 +18,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from processes import PATH
 from sapwood import Masks
 from sapwood.experiments import store
 from sapwood.experiments.compare import compare, run_folder
 from sapwood.experiments.config import ORDER_SEED, Place
 from sapwood.experiments.engines import EngineConfig
+from sapwood.experiments.environment import environment
 from sapwood.experiments.grid import Grid
 from sapwood.training import TrainConfig
 
@@ -34,7 +39,7 @@ pytestmark = [
 SECONDS = float(os.environ.get("SAPWOOD_KILL_SECONDS", "45"))
 SEED = int(os.environ.get("SAPWOOD_KILL_SEED", "0"))
 LOG, PAUSE = "SAPWOOD_TEST_LOG", "SAPWOOD_TEST_PAUSE"
-SEEDS = tuple(range(max(5, round(SECONDS / 6))))
+SEEDS = tuple(range(int(os.environ.get("SAPWOOD_KILL_SEEDS") or max(5, round(SECONDS / 6)))))
 
 
 # In the processes of the sweep.
@@ -63,8 +68,7 @@ def sweep(out, engine):
 
 
 def start(out, engine, pause):
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, LOG: str(out / "log"), PAUSE: str(pause), "PYTHONPATH": here}
+    environment = {**os.environ, LOG: str(out / "log"), PAUSE: str(pause), "PYTHONPATH": PATH}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     code = f"import test_kill; test_kill.sweep({str(out)!r}, {engine!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -155,9 +159,10 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(("engine", "victims"), [("local", ("run", "driver")), ("ray", ("worker", "driver", "head"))])
 def test_kill(tmp_path, undisturbed, engine, victims):
     pytest.importorskip("ray", reason="the extra 'cluster' is not installed") if engine == "ray" else None
-    chance, kills, before, family = random.Random(SEED), Counter(), {}, {}
+    chance, kills, before, family, moments = random.Random(SEED), Counter(), {}, {}, []
     driver = start(tmp_path, engine, 0.5)
-    end = time.monotonic() + SECONDS
+    begin = time.monotonic()
+    end = begin + SECONDS
     queue = itertools.cycle(victims)
     while (time.monotonic() < end or len(kills) < len(victims)) and len(before) < len(undisturbed):
         linger(tmp_path, len(before), chance)
@@ -165,12 +170,14 @@ def test_kill(tmp_path, undisturbed, engine, victims):
         victim = next(queue)
         if kill(driver, victim, chance):
             kills[victim] += 1
+            moments.append((round(time.monotonic() - begin, 1), victim, len(before)))
         now = finished(tmp_path)
         assert before.items() <= now.items(), "a finished run was lost or done again"
         before = now
         if driver.poll() is not None:
             driver = start(tmp_path, engine, 0.5)
     print(f"{engine}: {dict(kills)} killed, {len(before)} of {len(undisturbed)} runs finished meanwhile")
+    meanwhile, lasted = len(before), time.monotonic() - begin
     if driver.wait() != 0:
         assert start(tmp_path, engine, 0).wait() == 0, (tmp_path / "output").read_text()
     assert set(kills) == set(victims)
@@ -178,6 +185,21 @@ def test_kill(tmp_path, undisturbed, engine, victims):
     assert essence(tmp_path) == undisturbed
     check_log(tmp_path / "log", set(undisturbed), sum(kills.values()))
     check_no_orphans(family)
+    evidence = {
+        "engine": engine,
+        "seconds_of_kills": round(lasted),
+        "seed": SEED,
+        "kills": dict(kills),
+        "runs": len(undisturbed),
+        "runs_finished_between_kills": meanwhile,
+        "log_lines": len((tmp_path / "log").read_text().split()),
+        "checked": "no finished run lost or done again; accuracies, losses and masks of every run equal to the bit to "
+        "an undisturbed sweep's; no process left behind",
+        "environment": environment(torch.device("cpu")),
+        "moments": [{"second": at, "killed": victim, "runs_finished": done} for at, victim, done in moments],
+    }
+    if folder := os.environ.get("SAPWOOD_KILL_EVIDENCE"):
+        Path(folder, f"{engine}.json").write_text(json.dumps(evidence, indent=1) + "\n")
 
 
 def check_log(log, runs, kills):

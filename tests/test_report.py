@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import t, ttest_rel
+from scipy.stats import f, t, ttest_rel
 
 from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, run_folder
@@ -54,6 +54,7 @@ def outcome(method, sparsity, seed, accuracy):
         "effective": 3 if accuracy == 10.0 else 6,
         "init_hash": f"weights {seed}",
         "order_hash": f"order {seed}",
+        "settings": {"rounds": 20, "epsilon": 1e-4} if method == "ntk-sap" else {},
     }
     return Outcome(config, RunResult(accuracy, None, False, 2, 0.5, 1.5, layers, collapsed, where, **later))
 
@@ -160,6 +161,39 @@ def test_with_two_methods_it_is_the_paired_t_test(gap):
     assert summarise(found).cells["random"][0.9].tied == (ttest_rel(best, other).pvalue >= 0.05)
 
 
+def test_with_runs_missing_it_is_the_f_test_of_the_model_in_which_two_methods_are_one():
+    accuracies = {"snip": (90.0, 92.5, 91.0, 95.0), "erk": (89.0, None, 90.5, 94.0), "random": (88.0, 90.0, None, 91.5)}
+    accuracies["force"] = (None, 89.0, 91.0, 95.5)
+    runs = [(m, s, a) for m, values in accuracies.items() for s, a in enumerate(values) if a is not None]
+
+    def fit(names):
+        """Residual sum of squares and degrees of freedom, methods under these names, in reference coding."""
+        groups = sorted(set(names.values()))
+        rows = [[1, *(names[m] == g for g in groups[1:]), *(s == other for other in (1, 2, 3))] for m, s, _ in runs]
+        values = np.array([a for *_, a in runs])
+        _, (rest,), rank, _ = np.linalg.lstsq(np.array(rows, float), values)
+        return rest, len(runs) - rank
+
+    summary = summarise([outcome(m, 0.9, s, a) for m, s, a in runs])
+    rest, freedom = fit({m: m for m in accuracies})
+    assert summary.best(0.9) == "snip"
+    for method in ("erk", "random", "force"):
+        merged, _ = fit({m: "snip" if m == method else m for m in accuracies})
+        p = f.sf((merged - rest) / (rest / freedom), 1, freedom)
+        assert summary.cells[method][0.9].tied == (p >= 0.05), (method, p)
+    assert {method for method in accuracies if summary.cells[method][0.9].tied} == {"erk", "force"}
+
+
+def test_methods_without_a_common_seed_are_not_judged():
+    found = [
+        outcome(m, 0.9, s, 90.0 + s)
+        for m, seeds in (("snip", (2, 3)), ("erk", (2, 3)), ("random", (0, 1)))
+        for s in seeds
+    ]
+    summary = summarise(found)
+    assert summary.cells["erk"][0.9].tied and not summary.cells["random"][0.9].tied
+
+
 def test_one_seed_says_nothing_about_ties():
     summary = summarise([outcome("snip", 0.9, 0, 90.0), outcome("random", 0.9, 0, 89.9)])
     assert not summary.cells["random"][0.9].tied
@@ -191,6 +225,8 @@ def test_page_is_well_formed_and_holds_everything(page):
     assert "no weight is kept in last.weight" in text
     assert "sapwood compare --out 'a b' --methods '<x>'" in text
     assert "torch2.x" in text  # a term and its description
+    assert "ntk-saprounds 20, epsilon 0.0001" in text and "snip, a<b>&co, grasp (with the settings" in text
+    assert "0, 1, 2 of the masks; + 10000 of the initial weights" in text
 
 
 def test_page_refers_to_nothing_outside(page):
@@ -243,9 +279,9 @@ def rows_of(page):
 
 def test_what_is_left_and_what_it_cost(page):
     rows = rows_of(page)
-    assert ["ntk-sap", "96.00 30", "96.00 26"] in rows  # 6 of 150 weights on a path; 600 and 520 of 2,000 FLOPs
+    assert ["ntk-sap", "96.00 30.00", "96.00 26.00"] in rows  # 6 of 150 weights on a path; 600 and 520 of 2,000 FLOPs
     collapsed = 100 * (1 - (3 + 6 + 6) / 3 / 150)
-    assert ["a&lt;b&gt;&amp;co", "96.00 30", f"{collapsed:.2f} 26"] in rows
+    assert ["a&lt;b&gt;&amp;co", "96.00 30.00", f"{collapsed:.2f} 26.00"] in rows
     assert ["ntk-sap", "0.50", "3", "1.50", "1,024", "6"] in rows
     assert ["dense", "\N{EN DASH}", "\N{EN DASH}", "1.50", "1,024", "3"] in rows
 
@@ -277,7 +313,7 @@ def test_published_numbers_stand_beside_the_measured_ones(page, out, outcomes, t
     rows = rows_of(page)
     assert ["ntk-sap", "96.1 ± 0.4 95.2", "89.0 ± 1.0", "3"] in rows  # at a sparsity that was rounded otherwise
     assert ["snip", "95.7 ± 0.8 ≈", "81.3 ± 1.5 79.5", "3"] in rows
-    assert ["dense", "with all weights &nbsp;98.1 ± 0.3 97.8", "3"] in rows
+    assert ["dense", "with all weights: 98.1 ± 0.3 97.8", "3"] in rows
     assert "77.3" not in str(rows)  # which is of a sparsity that is not in this comparison
     assert "as published" in (out / "figures/accuracy.svg").read_text(encoding="utf-8")
     without = rewritten(outcomes, tmp_path)
@@ -289,7 +325,7 @@ def test_markdown_holds_the_same(out):
     rows = [line for line in lines if line.startswith("|")]
     for method, _ in ACCURACIES:
         assert any(row.startswith(f"| {method.replace('<', '&lt;')}") for row in rows)
-    assert "| snip | 95.7 ± 0.8 ≈ | 81.3 ± 1.5 (79.5) | 3 |" in rows
+    assert "| snip | **95.7 ± 0.8** ≈ | 81.3 ± 1.5 (79.5) | 3 |" in rows
     assert "**89.0 ± 1.0**" in "".join(rows)
     assert lines[-1] == f"    {COMMAND}"
     for start in (i for i, line in enumerate(lines) if line.startswith("| :--")):

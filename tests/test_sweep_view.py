@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from processes import PATH
 from sapwood.errors import ConfigError
 from sapwood.experiments import store, trackers
 from sapwood.experiments.compare import Outcome, compare, run_folder
@@ -114,8 +114,7 @@ def in_a_process(tmp_path, tracker, check, **environment):
         "import test_sweep_view as t; from pathlib import Path\n"
         f"out = Path({str(tmp_path)!r}); rows = t.tracked_run(out, {tracker!r})\n{check}\nprint('checked')"
     )
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "HOME": str(tmp_path), **environment}
+    environment = {**os.environ, "PYTHONPATH": PATH, "HOME": str(tmp_path), **environment}
     command = [sys.executable, "-W", "ignore", "-c", code]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert "checked" in ended.stdout.splitlines(), ended.stdout + ended.stderr  # trackio goes on to talk

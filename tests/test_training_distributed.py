@@ -13,10 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sapwood import prune
 from sapwood.attach import assert_masked
+from sapwood.errors import ConfigError
+from sapwood.experiments.config import Place, RunConfig, under
+from sapwood.experiments.run import run
 from sapwood.masks import Masks
+from sapwood.models import create
 from sapwood.training import Device, Epoch, TrainConfig, TrainResult, evaluate, fabric_for, train
 
 WORLD = 2
@@ -177,6 +183,35 @@ def evaluates_slices(_: Path, strategy: str) -> None:
     assert shared == (pytest.approx(alone[0]), alone[1])
 
 
+def runs_together(folder: Path, strategy: str) -> None:
+    """A run's folder, which the first process writes and all of them agree on."""
+    fabric, place, out = fabric_for("cpu", WORLD, strategy), Place("cpu", offline=True), folder / f"run-{strategy}"
+    plain = RunConfig("digits", "mlp", train=TrainConfig(epochs=3, milestones=(), lr=0.05))
+    sparse = Masks.load(folder / "masks")
+    config = under(plain, sparse)
+    if fabric.is_global_zero:
+        out.mkdir()
+        (out / "checkpoint.pt").write_bytes(b"cut off")
+    dist.barrier()
+    rows: list[Epoch] = []
+    result = run(config, out, place, masks=sparse, save_weights=True, on_epoch=rows.append, fabric=fabric)
+    assert len(rows) == (3 if fabric.is_global_zero else 0)
+    assert run(config, out, place, masks=sparse, fabric=fabric) == result
+    with pytest.raises(ConfigError, match="differs in"):
+        run(plain, out, place, fabric=fabric)
+    with pytest.raises(ConfigError, match="prune first"):
+        run(dataclasses.replace(plain, method="snip"), out, place, fabric=fabric)
+    if fabric.is_global_zero:
+        alone = run(config, folder / f"alone-{strategy}", place, masks=sparse, save_weights=True)
+        assert result.test_accuracy == pytest.approx(alone.test_accuracy, abs=0.3)  # one of 355 images
+        assert (result.layers, result.init_hash, result.order_hash) == (alone.layers, alone.init_hash, alone.order_hash)
+        weights, wanted = (load_file(folder / f"{n}-{strategy}/weights.safetensors") for n in ("run", "alone"))
+        for name, value in wanted.items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-4)
+            assert name not in sparse or not weights[name][~sparse[name]].any()
+        assert f"{WORLD} (" in result.environment["processes"]
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -193,6 +228,7 @@ def worker(rank: int, folder: str) -> None:
             dropout_differs_between_processes_and_epochs(Path(folder), strategy)
             diverges_everywhere(Path(folder), strategy)
             evaluates_slices(Path(folder), strategy)
+            runs_together(Path(folder), strategy)
         Path(folder, f"done-{rank}").touch()
     finally:
         dist.destroy_process_group()
@@ -201,6 +237,8 @@ def worker(rank: int, folder: str) -> None:
 @pytest.mark.trap(32)
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_two_processes_equal_one(tmp_path: Path) -> None:
+    model = create("mlp", in_channels=1, image_size=8)
+    prune(model, method="random", density=0.2, seed=0).masks.save(tmp_path / "masks")
     mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD)
     assert len(list(tmp_path.glob("done-*"))) == WORLD
 

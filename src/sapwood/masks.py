@@ -230,6 +230,7 @@ class Masks(Mapping[str, Tensor]):
             "shapes": json.dumps({name: list(mask.shape) for name, mask in self.items()}),
             "provenance": json.dumps(dict(self.provenance)),
         }
+        metadata["sha256"] = _checksum(metadata, packed)
         _write_in_one_step(Path(path), to_safetensors(packed, metadata))
 
     @classmethod
@@ -237,7 +238,7 @@ class Masks(Mapping[str, Tensor]):
         """Reads a file that `save` wrote.
 
         Raises:
-            MaskFileError: the file is missing, truncated, no mask file, or of another format version.
+            MaskFileError: the file is missing, damaged, no mask file, or of another format version.
         """
         try:
             with safe_open(str(path), framework="np") as file:
@@ -254,11 +255,24 @@ class Masks(Mapping[str, Tensor]):
                 f"{str(path)!r} is not a Sapwood mask file of version {VERSION}: its format is "
                 f"{metadata.get('format')!r}, its version {metadata.get('version')!r}."
             )
+        if metadata.get("sha256", _checksum(metadata, packed)) != _checksum(metadata, packed):
+            raise MaskFileError(f"{str(path)!r} is damaged: its content contradicts its checksum.")
         shapes = json.loads(metadata["shapes"])
         tensors = {
             name: _unpack(packed.get(name), shape, f"{name!r} in {str(path)!r}") for name, shape in shapes.items()
         }
         return cls(tensors, json.loads(metadata["provenance"]))
+
+
+def _checksum(metadata: Mapping[str, str], packed: Mapping[str, np.ndarray]) -> str:
+    """Of all that a file says; one of an older version has none."""
+    digest = hashlib.sha256()
+    for key in ("shapes", "provenance"):
+        digest.update(metadata.get(key, "").encode())
+    for name in sorted(packed):
+        digest.update(name.encode())
+        digest.update(packed[name].tobytes())
+    return digest.hexdigest()
 
 
 def _unpack(bits: np.ndarray | None, shape: list[int], where: str) -> Tensor:

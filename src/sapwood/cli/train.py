@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from sapwood.cli.flags import File, Folder, Model, Training
+from sapwood.cli.flags import File, Folder, Model, Together, Training
+from sapwood.errors import SapwoodError
 from sapwood.experiments import terminal
 from sapwood.experiments.config import Place, RunConfig, seeded, under
 from sapwood.experiments.run import run
+from sapwood.experiments.store import RunResult
+from sapwood.experiments.together import end
 from sapwood.masks import Masks
 from sapwood.training import Epoch
+
+if TYPE_CHECKING:  # imported late, as it is slow to import
+    from lightning_fabric import Fabric
+
+OTHER = 3  # exit code of a process that is not the first of several
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Train:
         resolution: Height and width to bring the images to, in pixels; the default keeps theirs.
         training: How it is trained.
         place: Where it is computed.
+        together: Several devices for it.
     """
 
     model: Positional[Model]
@@ -39,6 +49,7 @@ class Train:
     resolution: int | None = None
     training: Training = field(default_factory=Training)
     place: Place = field(default_factory=Place)
+    together: Together = field(default_factory=Together)
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""
@@ -48,17 +59,35 @@ class Train:
         )
         if masks is not None:
             config = under(config, masks)
-        with terminal.progress("last") as bar:
+        fabric = self.together.fabric(self.place.device, config.train.precision)
+        try:
+            result = self._run(config, masks, fabric)
+            if fabric is not None:
+                fabric.barrier()
+        except (SapwoodError, KeyboardInterrupt):
+            if fabric is None or fabric.is_global_zero:
+                raise
+            return OTHER  # which the first process speaks for
+        finally:
+            if fabric is not None:
+                end(fabric)
+        if fabric is None or fabric.is_global_zero:
+            self._tell(result)
+        return 0
+
+    def _run(self, config: RunConfig, masks: Masks | None, fabric: Fabric | None) -> RunResult:
+        with terminal.progress("last", silent=fabric is not None and not fabric.is_global_zero) as bar:
             task = bar.add_task("epochs", total=config.train.epochs, last="")
 
             def show(row: Epoch) -> None:
                 bar.update(task, completed=row["epoch"], last=f"test accuracy {row['test_accuracy']:.2f} %")
 
-            result = run(config, self.out, self.place, masks=masks, save_weights=True, on_epoch=show)
+            return run(config, self.out, self.place, masks=masks, save_weights=True, on_epoch=show, fabric=fabric)
+
+    def _tell(self, result: RunResult) -> None:
         if result.diverged:
             terminal.complain("warning", f"the training diverged in epoch {result.epochs}: lower --lr.")
         print(f"test accuracy after epoch {result.epochs}: {result.test_accuracy:.2f} %")
         if result.validation_accuracy is not None:
             print(f"validation accuracy: {result.validation_accuracy:.2f} %")
         print(self.out)
-        return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import math
 import pickle
 from pathlib import Path
@@ -95,9 +96,7 @@ def digits(source: Source) -> Dataset:
     Test images are every fifth of each class (355 in all), the others are for training: a fixed split with all writers
     in both parts. Augmentation shifts by up to one pixel.
     """
-    from sklearn.datasets import load_digits  # here, because scikit-learn takes a second to import
-
-    pixels, target = load_digits(return_X_y=True)
+    pixels, target = _digits_of_scikit_learn()
     images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = torch.from_numpy(target).long()
     is_test = torch.zeros(len(labels), dtype=torch.bool)
@@ -106,6 +105,19 @@ def digits(source: Source) -> Dataset:
     train, test = Images(images[~is_test], labels[~is_test]), Images(images[is_test], labels[is_test])
     mean, std = channel_statistics(train)
     return Dataset("digits", train, test, num_classes=10, mean=mean, std=std, augmentation=Augmentation(padding=1))
+
+
+def _digits_of_scikit_learn() -> tuple[np.ndarray, np.ndarray]:
+    """The pixels, 0 to 16, and the labels. Read from its file, because scikit-learn takes a second to import."""
+    spec = importlib.util.find_spec("sklearn")
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz" if spec and spec.origin else Path()
+    if not file.is_file():  # another version may keep it elsewhere
+        from sklearn.datasets import load_digits
+
+        pixels, target = load_digits(return_X_y=True)
+        return pixels, target
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1], table[:, -1].astype(int)
 
 
 def read_idx(file: Path) -> Tensor:

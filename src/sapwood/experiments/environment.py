@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import sapwood
 from sapwood.errors import ConfigError
+
+if TYPE_CHECKING:  # imported late, as it is slow to import
+    from lightning_fabric import Fabric
 
 
 def device_of(name: str) -> torch.device:
@@ -29,8 +33,9 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware, by name."""
+def environment(device: torch.device, fabric: Fabric | None = None) -> dict[str, str]:
+    """Versions and hardware, by name; of several processes as the first one has them."""
+    several = {} if fabric is None else {"processes": f"{fabric.world_size} ({type(fabric.strategy).__name__})"}
     return {
         "sapwood": sapwood.__version__,
         "torch": torch.__version__,
@@ -38,6 +43,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": f"{_processor()}, {cores()} cores",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **several,
     }
 
 

@@ -54,7 +54,7 @@ def accuracy(summary: Summary, published: Published) -> Figure:
         summary: The numbers.
         published: Others' test accuracies, percent, by method and sparsity; drawn faintly.
     """
-    with _axes((5.2, 3.6)) as (figure, axes):
+    with _axes((4.7, 3.4)) as (figure, axes):
         dense = summary.dense
         if dense.n:
             axes.axhspan(dense.mean - dense.std, dense.mean + dense.std, color=MUTED, alpha=0.15, linewidth=0)
@@ -95,7 +95,7 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float, order: 
     names = list(next(iter(densities.values())))
     positive = [d for by_layer in densities.values() for d in by_layer.values() if d > 0]
     bottom = min(positive, default=overall) / 2
-    with _axes((5.2, 3.6)) as (figure, axes):
+    with _axes((4.7, 3.4)) as (figure, axes):
         axes.axhline(100 * overall, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label="all layers")
         for method, by_layer in densities.items():
             if subject_of(method) == method or subject_of(method) not in densities:

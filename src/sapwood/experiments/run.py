@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_model
@@ -14,7 +16,7 @@ from torch import nn
 
 from sapwood.data import Dataset, pruning_batches
 from sapwood.diagnosis import effective
-from sapwood.errors import DataError, MaskError, SapwoodError
+from sapwood.errors import ConfigError, DataError, MaskError, SapwoodError
 from sapwood.experiments import cost, store
 from sapwood.experiments.config import CONTROL_SEED, DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
@@ -22,9 +24,13 @@ from sapwood.experiments.fairness import order_hash, weights_hash
 from sapwood.experiments.material import Split, create_model, load_data
 from sapwood.experiments.search import Subject, needs_batches, search
 from sapwood.experiments.store import RunResult
+from sapwood.experiments.together import first, gathered
 from sapwood.masks import Masks
 from sapwood.methods import prunable
 from sapwood.training import Epoch, TrainResult, train
+
+if TYPE_CHECKING:  # imported late, as it is slow to import
+    from lightning_fabric import Fabric
 
 
 def run(
@@ -36,6 +42,7 @@ def run(
     save_weights: bool = False,
     on_epoch: Callable[[Epoch], None] | None = None,
     wait: bool = True,
+    fabric: Fabric | None = None,
 ) -> RunResult:
     """Runs a config to its end, from wherever an earlier call in the same folder got to.
 
@@ -47,37 +54,61 @@ def run(
         save_weights: Also write the trained weights.
         on_epoch: Called after every epoch.
         wait: Whether to wait for another process that is at the same run, and take its result.
+        fabric: The processes that train together, all of which call this with the same arguments, in place of
+            `place.device`; the first of them writes. They prune nothing: the config is dense or comes with masks.
 
     Raises:
         RunBusyError: another process is at this run, and `wait` is False.
         SapwoodError: what the method, the model, the data or the folder refuses.
     """
-    dataset, device = load_data(config.data, config.resolution, place), device_of(place.device)
+    dataset = load_data(config.data, config.resolution, place)
+    device = device_of(place.device) if fabric is None else fabric.device
     model = create_model(config.model, dataset, config.seed)
     if masks is not None:
         masks.check(dict(model.named_parameters()))
-    with store.opened(folder, config, wait=wait):
-        if (done := store.finished(folder, config)) is not None:
+    elif fabric is not None and config.method != DENSE:
+        raise ConfigError(f"{fabric.world_size} processes train under masks that are there: prune first.")
+    where = environment(device, fabric)
+    with ExitStack() as stack:
+        done = first(fabric, lambda: _begun(stack, config, folder, where, wait))
+        if done is not None:
             return done
-        (folder / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
-        store.write_json(folder / store.ENVIRONMENT, environment(device))
         initial = weights_hash(model)
         model.to(device)
         if masks is None and config.method != DENSE:
             masks = _pruned(config, model, dataset, folder)
         split = Split.of(dataset, config.train, device)
         cost.reset_peak(device)
-        result = _trained(config, model, split, masks, folder, on_epoch)
-        if save_weights:
-            _save_weights(model, folder)
-        summary = dataclasses.replace(
-            _summary(model, masks, result, split),
-            init_hash=initial,
-            order_hash=order_hash(split, config.train.seed),
-        )
-        store.write_result(folder, summary)
-        (folder / store.CHECKPOINT).unlink(missing_ok=True)
-        return summary
+        result = _trained(config, model, split, masks, folder, on_epoch, fabric)
+        if fabric is not None:
+            model = gathered(model, fabric, lambda: create_model(config.model, dataset, config.seed))
+
+        def written() -> RunResult:
+            if save_weights:
+                _save_weights(model, folder)
+            summary = dataclasses.replace(
+                _summary(model, masks, result, split),
+                environment=where,
+                init_hash=initial,
+                order_hash=order_hash(split, config.train.seed),
+                settings={} if masks is None else masks.provenance.get("fields", {}),
+                files=store.digests(folder),
+            )
+            store.write_result(folder, summary)
+            (folder / store.CHECKPOINT).unlink(missing_ok=True)
+            return summary
+
+        return first(fabric, written)
+
+
+def _begun(stack: ExitStack, config: RunConfig, folder: Path, where: Mapping[str, str], wait: bool) -> RunResult | None:
+    """Locks the folder until the stack unwinds; returns the result if there is one."""
+    stack.enter_context(store.opened(folder, config, wait=wait))
+    if (done := store.finished(folder, config)) is not None:
+        return done
+    (folder / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
+    store.write_json(folder / store.ENVIRONMENT, where)
+    return None
 
 
 def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path) -> Masks:
@@ -115,6 +146,7 @@ def _trained(
     masks: Masks | None,
     folder: Path,
     on_epoch: Callable[[Epoch], None] | None,
+    fabric: Fabric | None,
 ) -> TrainResult:
     rows: list[Epoch] = []
 
@@ -125,17 +157,22 @@ def _trained(
             on_epoch(row)
 
     checkpoint = folder / store.CHECKPOINT
+    device = split.device if fabric is None else fabric
     go_on = functools.partial(
-        train, model, split, config.train, masks=masks, device=split.device, checkpoint=checkpoint, on_epoch=report
+        train, model, split, config.train, masks=masks, device=device, checkpoint=checkpoint, on_epoch=report
     )
+    resumes = first(fabric, checkpoint.exists)
     try:
         result = go_on()
     except DataError:
-        if not checkpoint.exists():
+        if not resumes:
             raise
-        checkpoint.unlink()  # damaged, and nothing of it was loaded: the same training begins again
+        # Damaged, and nothing of it was loaded: the same training begins again.
+        if fabric is not None:
+            fabric.barrier()  # until all have read it
+        first(fabric, lambda: checkpoint.unlink(missing_ok=True))
         result = go_on()
-    store.write_rows(folder / store.METRICS, result.history)  # with the epochs before an interruption
+    first(fabric, lambda: store.write_rows(folder / store.METRICS, result.history))  # with those before an interruption
     return result
 
 
@@ -151,7 +188,7 @@ def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, split: 
         train_seconds=result.seconds,
         layers={name: (count.kept, count.total) for name, count in kept.per_layer().items()},
         collapsed=kept.collapsed,
-        environment=environment(split.device),
+        environment={},
         prune_memory=None if masks is None else masks.provenance.get("peak_memory"),
         train_memory=train_memory,
         flops=cost.flops(model, kept, split.dataset.input_shape),

@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sapwood.errors import ConfigError, MaskError, RunBusyError
+from sapwood.experiments import integrity
 from sapwood.experiments.config import DENSE, RunConfig
 from sapwood.masks import Masks
 
@@ -45,6 +46,8 @@ class RunResult:
         effective: Kept weights on a path from an input to an output; None where that cannot be told.
         init_hash: Of the initial weights.
         order_hash: Of the first training batch.
+        settings: The method's fields, those of the method table included.
+        files: SHA-256 of the metrics, masks and weights beside the result, by file name.
 
     Fields with defaults came later: results without them are still read.
     """
@@ -64,6 +67,8 @@ class RunResult:
     effective: int | None = None
     init_hash: str = ""
     order_hash: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -88,8 +93,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON in one step."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Writes JSON in one step, with a checksum of its own."""
+    write_text(path, json.dumps(integrity.sealed(value), indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return integrity.unsealed(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -105,7 +119,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def read_result(folder: Path) -> RunResult | None:
     """The result of a finished run; None where it is missing or damaged, so that the run is done again."""
     try:
-        values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        values = read_json(folder / RESULT)
         layers = {name: (int(kept), int(total)) for name, (kept, total) in values["layers"].items()}
         flops = values.get("flops")
         tuples = {"collapsed": tuple(values["collapsed"]), "flops": flops and (int(flops[0]), int(flops[1]))}
@@ -120,12 +134,20 @@ def finished(folder: Path, config: RunConfig) -> RunResult | None:
     try:
         if result is None or len(read_rows(folder / METRICS)) != result.epochs:
             return None
-        _read_config(folder / CONFIG)
+        if any(integrity.digest(folder / name) != digest for name, digest in result.files.items()):
+            return None
+        if _differences(read_json(folder / CONFIG), config) or read_json(folder / ENVIRONMENT) != result.environment:
+            return None
         if config.method != DENSE and config.masks is None:
             Masks.load(folder / MASKS)
-    except (OSError, ValueError, KeyError, MaskError):
+    except (OSError, ValueError, MaskError):
         return None
     return result
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """For a result: the checksums of the files beside it that have none of their own."""
+    return integrity.digests(folder, (METRICS, MASKS, WEIGHTS))
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -166,22 +188,21 @@ def _enter(folder: Path, config: RunConfig) -> None:
 
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:
+    if folder.name == config.id:  # the name says which run it is: a file that says otherwise is damaged
+        return
     try:
-        found = RunConfig("", "").to_json() | _read_config(folder / CONFIG)  # an older file lacks the newer fields
+        changed = _differences(read_json(folder / CONFIG), config)
     except ValueError as error:
-        if folder.name == config.id:  # the folder's name says which run it is
-            return
         path = folder / CONFIG
         raise ConfigError(f"{path} is damaged; choose another folder, or delete it to start the run over.") from error
-    wanted = json.loads(json.dumps(config.to_json()))
-    if changed := [key for key in wanted if json.loads(json.dumps(found.get(key))) != wanted[key]]:
+    if changed:
         raise ConfigError(
             f"{folder} holds another run, which differs in {', '.join(changed)}; choose another folder, or delete it."
         )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
+def _differences(found: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """The settings in which a config that was read differs; an older file lacks the newer ones."""
+    found = json.loads(json.dumps({**RunConfig("", "").to_json(), **found}))
+    wanted = json.loads(json.dumps(config.to_json()))
+    return [key for key in {**wanted, **found} if key not in wanted or found[key] != wanted[key]]

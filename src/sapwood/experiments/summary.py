@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,8 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
     A method is tied with the best if their means differ by no more than the least significant difference (95 %, no
     correction for many comparisons) of a design in which every seed is a block: seeds are paired, and the error is
     pooled over all methods at the sparsity, since a few seeds give no variance worth using for each pair alone. With
-    two methods this is the paired t test. With one common seed nothing is said.
+    two methods this is the paired t test. With one seed nothing is said. Where a run is missing, the difference is that
+    of the least-squares fit by method + seed, which compares like with like.
     """
     methods = tuple(dict.fromkeys(o.config.label for o in outcomes if o.config.method != DENSE))
     sparsities = tuple(sorted({sparsity(o) for o in outcomes if o.config.method != DENSE}))
@@ -150,22 +151,36 @@ def _marked(raw: dict[str, dict[float, Cell]], sparsities: Sequence[float]) -> d
     for s in sparsities:
         column = {method: cells[s] for method, cells in raw.items() if cells[s].n}
         best = max(column, key=lambda method: column[method].mean, default=None)
-        margin = _margin(list(column.values()))
+        near = set() if best is None else _near(best, column)
         for method, cells in raw.items():
-            near = best is not None and method in column and column[best].mean - column[method].mean <= margin
-            marked[method][s] = Cell(cells[s].by_seed, method == best, near and method != best, cells[s].failed)
+            marked[method][s] = Cell(cells[s].by_seed, method == best, method in near, cells[s].failed)
     return marked
 
 
-def _margin(cells: Sequence[Cell]) -> float:
-    """Least significant difference of two means in a randomised block design, the seeds being the blocks."""
+def _near(best: str, column: Mapping[str, Cell]) -> set[str]:
+    """The other methods that are no further below the best than the least significant difference.
+
+    Accuracies are fitted by method + seed, also where a run is missing; a difference that the runs that are there do
+    not determine, as between methods without a common seed, is not judged.
+    """
     from scipy.stats import t  # type: ignore[import-untyped]  # here, because scipy.stats takes a second to import
 
-    seeds = sorted(set.intersection(*(set(cell.by_seed) for cell in cells))) if cells else []
-    if min(len(cells), len(seeds)) < 2:
-        return -1.0
-    freedom = (len(cells) - 1) * (len(seeds) - 1)
-    table = np.array([[cell.by_seed[seed] for seed in seeds] for cell in cells])
-    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    variance = np.square(residual).sum() / freedom
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(2 * variance / len(seeds)))
+    methods, seeds = list(column), sorted({seed for cell in column.values() for seed in cell.by_seed})
+    runs = [(method, seed, value) for method in methods for seed, value in column[method].by_seed.items()]
+    values = np.array([value for *_, value in runs])
+    design = np.array(
+        [[*(m == other for other in methods), *(s == other for other in seeds)] for m, s, _ in runs], float
+    )
+    inverse = np.linalg.pinv(design)
+    effects, freedom = inverse @ values, len(runs) - int(np.linalg.matrix_rank(design))
+    if freedom < 1:
+        return set()
+    variance = np.square(values - design @ effects).sum() / freedom
+    near = set()
+    for method in set(methods) - {best}:
+        contrast = np.array([(m == best) - (m == method) for m in methods] + [0] * len(seeds), float)
+        determined = np.allclose(contrast @ inverse @ design, contrast)
+        error = np.sqrt(variance * np.square(contrast @ inverse).sum())  # var(c'b) = s2 c'(X'X)+c = s2 |c'X+|2
+        if determined and contrast @ effects <= t.ppf((1 + CONFIDENCE) / 2, freedom) * error:
+            near.add(method)
+    return near

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapwood.experiments.compare import Outcome
-from sapwood.experiments.config import DENSE
+from sapwood.experiments.config import DENSE, INIT_SEED, ORDER_SEED
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.summary import Summary, finished, select, sparsity
 
@@ -95,20 +95,32 @@ def setup(outcomes: Sequence[Outcome], summary: Summary) -> dict[str, str]:
     if train["schedule"] != "step":
         train = {key: value for key, value in train.items() if key not in ("milestones", "gamma")}
     seeds = sorted({outcome.config.seed for outcome in outcomes})
+    settings = _settings(outcomes, summary)
+    others = ", ".join(method for method in summary.methods if method not in settings)
     facts = {
         "data": config.data + (f" at {config.resolution} pixels" if config.resolution else ""),
         "model": config.model,
-        "methods": ", ".join(summary.methods) + " (with the settings of the method table, where not said)",
+        **settings,
+        **({"methods": f"{others} (with the settings of the method table, where not said)"} if others else {}),
         "scoring sample": f"{outcomes[-1].config.per_class} training images a class, for methods that score on labels",
         "least weights a layer": str(outcomes[-1].config.min_per_layer),
         "training": _pairs(train),
-        "seeds": ", ".join(map(str, seeds)),
+        "seeds": f"{', '.join(map(str, seeds))} of the masks; + {INIT_SEED} of the initial weights, + {ORDER_SEED} of "
+        f"data order, augmentation and dropout",
     }
     if all(result.init_hash for result in results) and not unequal(outcomes):
         facts["fairness"] = "for each seed all methods have the same initial weights and data order (checked by hash)"
     for key in results[0].environment if results else ():
         facts[key] = " / ".join(dict.fromkeys(result.environment.get(key, "unknown") for result in results))
     return facts
+
+
+def _settings(outcomes: Sequence[Outcome], summary: Summary) -> dict[str, str]:
+    """The fields of every method, as its runs noted them."""
+    by_method = {method: _results(select(outcomes, method)) for method in summary.methods}
+    return {
+        method: _pairs(results[0].settings) for method, results in by_method.items() if results and results[0].settings
+    }
 
 
 def _results(outcomes: Sequence[Outcome]) -> list[RunResult]:

@@ -74,11 +74,11 @@ def weight_table(weights: Mapping[str, Tensor]) -> Table:
 
 
 def comparison_table(summary: Summary) -> Group:
-    """Method by sparsity: mean and standard deviation of the test accuracy; the best in bold, its equals marked."""
+    """Method by sparsity: mean and standard deviation of the test accuracy; best and tied in bold."""
     table = _table("method", right=(*(f"{100 * s:g} %" for s in summary.sparsities), "n"))
     for method in summary.methods:
         cells = [summary.cells[method][s] for s in summary.sparsities]
-        texts = [Text(f"{c} {'≈' if c.tied else ' '}", style="bold" if c.best else "") for c in cells]
+        texts = [Text(f"{c} {'≈' if c.tied else ' '}", style="bold" if c.best or c.tied else "") for c in cells]
         table.add_row(Text(method), *texts, "-".join(map(str, dict.fromkeys(c.n for c in cells))))
     table.add_section()
     table.add_row("dense", f"{summary.dense}  ", *[""] * (len(summary.sparsities) - 1), str(summary.dense.n))
@@ -86,14 +86,15 @@ def comparison_table(summary: Summary) -> Group:
         Text("Test accuracy after the last epoch, % (mean ± std over n seeds)\n"),
         table,
         Text(
-            "\nbold: best of its sparsity; ≈: not told from it (95 %, paired by seed, error pooled over methods)",
+            "\nbold: best of its sparsity and, marked ≈, what is not told from it (95 %, paired by seed, "
+            "error pooled over methods)",
             style="dim",
         ),
     )
 
 
 @contextmanager
-def progress(*columns: str) -> Iterator[Progress]:
+def progress(*columns: str, silent: bool = False) -> Iterator[Progress]:
     """A bar on standard error, and nothing where that is not a terminal; `columns` are field names to show after it."""
     console = Console(stderr=True, highlight=False)
     shown = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
@@ -106,7 +107,7 @@ def progress(*columns: str) -> Iterator[Progress]:
         *shown,
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=silent or not console.is_terminal,
     ) as bar:
         yield bar
 

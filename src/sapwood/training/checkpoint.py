@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sapwood.errors import ConfigError, DataError
 from sapwood.masks import Masks, clean_name
+from sapwood.training.checksum import checksum
 from sapwood.training.config import TrainConfig, differences
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def save(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> 
         "generator": state.generator.get_state(),
         "history": state.history,
     }
+    content["sha256"] = checksum(content)  # torch reads a file without looking at the checksums of its zip format
     if state.fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(content, path)
@@ -133,6 +135,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is truncated or no checkpoint ({reason}); delete it to start the run over.") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise DataError(f"{path} holds something else than a {_FORMAT!r}; choose another path, or delete it.")
+    found = content.pop("sha256", None)  # older ones have none
+    if found is not None and found != checksum(content):
+        raise DataError(f"{path} is damaged: its content contradicts its checksum; delete it to start the run over.")
     return content
 
 
