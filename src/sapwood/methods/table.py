@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from typing import Any
 
-from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
+from sapwood.criteria import Grasp, Magnitude, NtkSap, ProsPr, Random, Snip, SynFlow
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.pruning import Criterion, Method
 
@@ -20,9 +20,10 @@ METHODS: dict[str, Method] = {
     "force": Method(Snip(), rounds=60, regrow=True),
     "grasp": Method(Grasp()),
     "synflow": Method(SynFlow(), rounds=100),
+    "prospr": Method(ProsPr()),
 }
 
-LABELLED = ("snip", "iter-snip", "force", "grasp")
+LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr")
 """The methods that need labelled batches; the others need an input's shape at most."""
 
 
