@@ -10,7 +10,7 @@
 from sapwood.allocation import Global, Layerwise
 from sapwood.attach import Attachment, assert_masked, attach
 from sapwood.batches import Data
-from sapwood.criteria import Grasp, Magnitude, NtkSap, ProsPr, Random, Snip, SynFlow
+from sapwood.criteria import PX, Grasp, Magnitude, NtkSap, ProsPr, Random, Snip, SynFlow, SynFlowL2
 from sapwood.errors import (
     BudgetError,
     ConfigError,
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "PX",
     "Attachment",
     "BudgetError",
     "ConfigError",
@@ -56,6 +57,7 @@ __all__ = [
     "ScoreError",
     "Snip",
     "SynFlow",
+    "SynFlowL2",
     "UnsupportedModelError",
     "assert_masked",
     "attach",

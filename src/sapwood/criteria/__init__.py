@@ -8,8 +8,10 @@ from sapwood.criteria.grasp import Grasp
 from sapwood.criteria.magnitude import Magnitude
 from sapwood.criteria.ntk_sap import NtkSap
 from sapwood.criteria.prospr import ProsPr
+from sapwood.criteria.px import PX
 from sapwood.criteria.random import Random
 from sapwood.criteria.snip import Snip
 from sapwood.criteria.synflow import SynFlow
+from sapwood.criteria.synflow_l2 import SynFlowL2
 
-__all__ = ["Grasp", "Magnitude", "NtkSap", "ProsPr", "Random", "Snip", "SynFlow"]
+__all__ = ["PX", "Grasp", "Magnitude", "NtkSap", "ProsPr", "Random", "Snip", "SynFlow", "SynFlowL2"]

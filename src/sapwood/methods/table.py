@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from typing import Any
 
-from sapwood.criteria import Grasp, Magnitude, NtkSap, ProsPr, Random, Snip, SynFlow
+from sapwood.criteria import PX, Grasp, Magnitude, NtkSap, ProsPr, Random, Snip, SynFlow, SynFlowL2
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.pruning import Criterion, Method
 
@@ -20,11 +20,16 @@ METHODS: dict[str, Method] = {
     "force": Method(Snip(), rounds=60, regrow=True),
     "grasp": Method(Grasp()),
     "synflow": Method(SynFlow(), rounds=100),
+    "synflow-l2": Method(SynFlowL2(), rounds=100),
+    "px": Method(PX(), rounds=100),
     "prospr": Method(ProsPr()),
 }
 
 LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr")
-"""The methods that need labelled batches; the others need an input's shape at most."""
+"""The methods that need labelled batches."""
+
+ON_INPUTS = ("px",)
+"""The methods that need batches, labelled or not; all further ones need an input's shape at most."""
 
 
 def find(method: str | Method | Criterion) -> tuple[str, Method]:
