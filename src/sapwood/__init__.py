@@ -10,7 +10,20 @@
 from sapwood.allocation import Global, Layerwise
 from sapwood.attach import Attachment, assert_masked, attach
 from sapwood.batches import Data
-from sapwood.criteria import PX, Grasp, Magnitude, NtkSap, ProsPr, Random, Snip, SynFlow, SynFlowL2
+from sapwood.criteria import (
+    PX,
+    Grasp,
+    Magnitude,
+    NtkSap,
+    OptimalBrainDamage,
+    ProsPr,
+    Random,
+    Skeletonization,
+    Snip,
+    SynFlow,
+    SynFlowL2,
+    Taylor,
+)
 from sapwood.errors import (
     BudgetError,
     ConfigError,
@@ -48,6 +61,7 @@ __all__ = [
     "Masks",
     "Method",
     "NtkSap",
+    "OptimalBrainDamage",
     "ProsPr",
     "Random",
     "Result",
@@ -55,9 +69,11 @@ __all__ = [
     "SapwoodError",
     "SapwoodWarning",
     "ScoreError",
+    "Skeletonization",
     "Snip",
     "SynFlow",
     "SynFlowL2",
+    "Taylor",
     "UnsupportedModelError",
     "assert_masked",
     "attach",

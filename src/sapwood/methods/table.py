@@ -6,7 +6,20 @@ import dataclasses
 import importlib
 from typing import Any
 
-from sapwood.criteria import PX, Grasp, Magnitude, NtkSap, ProsPr, Random, Snip, SynFlow, SynFlowL2
+from sapwood.criteria import (
+    PX,
+    Grasp,
+    Magnitude,
+    NtkSap,
+    OptimalBrainDamage,
+    ProsPr,
+    Random,
+    Skeletonization,
+    Snip,
+    SynFlow,
+    SynFlowL2,
+    Taylor,
+)
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.pruning import Criterion, Method
 
@@ -23,9 +36,14 @@ METHODS: dict[str, Method] = {
     "synflow-l2": Method(SynFlowL2(), rounds=100),
     "px": Method(PX(), rounds=100),
     "prospr": Method(ProsPr()),
+    # For trained networks, though they score whatever weights there are.
+    "janowsky": Method(Magnitude()),
+    "taylor": Method(Taylor()),
+    "obd": Method(OptimalBrainDamage()),
+    "skeletonization": Method(Skeletonization()),
 }
 
-LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr")
+LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr", "taylor", "obd", "skeletonization")
 """The methods that need labelled batches."""
 
 ON_INPUTS = ("px",)
