@@ -60,7 +60,9 @@ class OptimalBrainDamage:
         weights = masks.apply(net.weights)
         curvature = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         find = {"fisher": self._fisher, "hutchinson": self._hutchinson, "exact": self._exact}[self.diagonal]
+        draws = generator.get_state()
         for batch in data.labelled():
+            generator.set_state(draws)  # the same probes for all batches, so that they probe the sum of their Hessians
             for name, part in find(net, masks, batch, generator).items():
                 curvature[name] += part
         return {name: h * weights[name].square() / 2 for name, h in net.summed(curvature).items()}
