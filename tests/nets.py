@@ -133,6 +133,8 @@ QUICK = {
     "iter-snip": {"rounds": 4},
     "force": {"rounds": 4},
     "synflow": {"rounds": 10},
+    "synflow-l2": {"rounds": 10},
+    "px": {"rounds": 5},
 }
 """Fields that make every method quick."""
 

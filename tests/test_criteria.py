@@ -9,26 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from nets import CLASSES, Residual, TinyViT, labelled, mlp
-from sapwood import Data, FunctionalModel, Grasp, Magnitude, Masks, NtkSap, Random, SapwoodWarning, Snip, SynFlow, prune
+from sapwood import FunctionalModel, Grasp, Magnitude, Masks, NtkSap, Random, SapwoodWarning, Snip, SynFlow, prune
 from sapwood.criteria.ntk_sap import fresh_parameters, mask_gradient, output_change
 from sapwood.errors import DataError, ScoreError, UnsupportedModelError
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def data(batches=(), input_shape=None) -> Data:
-    return Data(tuple(batches), input_shape)
-
-
-def random_masks(net: FunctionalModel, density: float = 0.6) -> Masks:
-    rng = generator(3)
-    return Masks({n: torch.rand(w.shape, generator=rng, dtype=torch.float64) < density for n, w in net.weights.items()})
-
-
-def flat(scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([score.flatten() for score in scores.values()])
+from scoring import data, flat, generator, random_masks
 
 
 @pytest.fixture

@@ -256,6 +256,40 @@ def test_shuffle_control_permutes_the_methods_masks_inside_each_layer(tmp_path):
     assert Masks.load(other / "masks.safetensors") != shuffled
 
 
+def test_shuffle_taps_control_keeps_the_counts_of_kernel_taps(tmp_path):
+    config = RunConfig("digits", "resnet8", "snip", 0.1, per_class=2, train=SHORT)
+    for control in ("", "shuffle-taps"):
+        run(dataclasses.replace(config, control=control), tmp_path / (control or "plain"), CPU)
+    plain, shuffled = (Masks.load(tmp_path / name / "masks.safetensors") for name in ("plain", "shuffle-taps"))
+    assert shuffled != plain
+    for name, mask in plain.items():
+        if mask.dim() == 4:
+            assert torch.equal(shuffled[name].sum((0, 1)), mask.sum((0, 1)))
+
+
+def test_reinit_control_trains_other_weights_under_the_same_masks(tmp_path):
+    plain, other = (
+        run(dataclasses.replace(SNIP, control=control), tmp_path / (control or "plain"), CPU)
+        for control in ("", "reinit")
+    )
+    masks = [Masks.load(tmp_path / name / "masks.safetensors") for name in ("plain", "reinit")]
+    assert masks[0] == masks[1]
+    assert plain.init_hash != other.init_hash and plain.order_hash == other.order_hash
+    again = run(dataclasses.replace(SNIP, control="reinit"), tmp_path / "again", CPU)
+    assert (again.init_hash, again.test_accuracy) == (other.init_hash, other.test_accuracy)
+
+
+def test_invert_control_keeps_the_lowest_scores(tmp_path):
+    config = RunConfig("digits", "mlp", "magnitude", 0.1, train=SHORT)
+    for control in ("", "invert"):
+        run(dataclasses.replace(config, control=control), tmp_path / (control or "plain"), CPU)
+    plain, inverted = (Masks.load(tmp_path / name / "masks.safetensors") for name in ("plain", "invert"))
+    assert inverted.kept == plain.kept and (plain & inverted).kept == 0
+    twice = dataclasses.replace(config, control="invert", fields={"invert": True})
+    run(twice, tmp_path / "twice", CPU)
+    assert Masks.load(tmp_path / "twice/masks.safetensors") == plain
+
+
 # Comparisons.
 
 

@@ -66,6 +66,23 @@ class TestValue:
         assert 200 < (m & moved).kept < 300
         assert moved == m.shuffled(torch.Generator().manual_seed(0))
 
+    @given(masks(), st.integers(0, 100))
+    def test_shuffling_with_taps_keeps_the_count_of_every_tap(self, m, seed):
+        shuffled = m.shuffled(torch.Generator().manual_seed(seed), taps=True)
+        assert shuffled.per_layer() == m.per_layer()
+        for name, mask in m.items():
+            if mask.dim() > 2:
+                assert torch.equal(shuffled[name].sum((0, 1)), mask.sum((0, 1)))
+
+    def test_shuffling_with_taps_moves_channel_pairs_only(self):
+        m = Masks({"a": torch.zeros(8, 8, 3, 3, dtype=torch.bool)})
+        m["a"][:4, :, 1, 1] = True
+        moved = m.shuffled(torch.Generator().manual_seed(0), taps=True)["a"]
+        assert moved[..., 1, 1].sum() == moved.sum() == 32 and moved[4:].any()
+        flat = Masks({"a": torch.arange(100).reshape(10, 10) < 50})
+        seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+        assert flat.shuffled(seeds[0], taps=True) == flat.shuffled(seeds[1])  # one tap
+
     def test_apply_leaves_its_arguments_alone(self):
         params = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([3.0])}
         effective = Masks({"a": torch.tensor([False, True])}).apply(params)

@@ -10,16 +10,24 @@ import torch.multiprocessing as mp
 from nets import CLASSES, labelled, mlp
 from sapwood import Masks, prune
 
-METHODS = ["snip", "iter-snip", "force", "grasp", "ntk-sap", "synflow", "random"]
+METHODS = [
+    "snip", "iter-snip", "force", "grasp", "ntk-sap", "synflow", "random", "synflow-l2", "px", "taylor", "obd",
+    "obd-hutchinson", "skeletonization",
+]  # fmt: skip
+FIELDS = {
+    "ntk-sap": {"rounds": 3, "resamples": 3},
+    "iter-snip": {"rounds": 3},
+    "force": {"rounds": 3},
+    "px": {"rounds": 3},
+    "obd-hutchinson": {"diagonal": "hutchinson", "rounds": 2},
+}
 
 
 def masks_of(method: str, batches: list, group=None) -> Masks:
     torch.manual_seed(0)
     model = mlp(6, 12, 12, CLASSES).double()
-    fields = {"ntk-sap": {"rounds": 3, "resamples": 3}, "iter-snip": {"rounds": 3}, "force": {"rounds": 3}}.get(
-        method, {}
-    )
-    return prune(model, method=method, density=0.3, input_shape=(6,), batches=batches, group=group, **fields).masks
+    options = {"density": 0.3, "input_shape": (6,), "batches": batches, "group": group, **FIELDS.get(method, {})}
+    return prune(model, method=method.removesuffix("-hutchinson"), **options).masks
 
 
 def all_batches() -> list:

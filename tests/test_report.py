@@ -19,7 +19,7 @@ from scipy.stats import f, t, ttest_rel
 
 from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, run_folder
-from sapwood.experiments.config import RunConfig
+from sapwood.experiments.config import CONTROLS, RunConfig
 from sapwood.experiments.looks import looks
 from sapwood.experiments.pairs import differences
 from sapwood.experiments.report import listed, sentence, write_report
@@ -361,7 +361,27 @@ def test_methods_are_told_apart_and_controls_belong_to_theirs():
         assert found[control]["marker"] == found[subject]["marker"]
         assert found[control]["linestyle"] == found["random"]["linestyle"] != found[subject]["linestyle"]
     assert len({str(v["linestyle"]) for v in found.values()}) == 3
+    controls = looks([named[0], *(f"{named[0]}@rounds=2,control={control}" for control in CONTROLS)])
+    del controls[named[0]]
+    assert len({(v["linestyle"], v["color"], v["marker"]) for v in controls.values()}) == 1
+    assert len({(v.get("markerfacecolor"), v.get("fillstyle")) for v in controls.values()}) == len(CONTROLS)
     assert {name: look for name, look in looks(named[:3]).items()} == {name: found[name] for name in named[:3]}
+
+
+def test_controls_are_explained_and_reinitialised_runs_are_no_unequal_start(outcomes, tmp_path):
+    runs = []
+    for control in CONTROLS:
+        for found in (o for o in outcomes if o.config.method == "snip"):
+            begin = f"other {found.config.seed}" if control == "reinit" else found.result.init_hash
+            config = replace(found.config, control=control)
+            runs.append(Outcome(config, replace(found.result, init_hash=begin)))
+    every = [*outcomes, *runs]
+    assert unequal(every) == []
+    wrong = replace(runs[-1], result=replace(runs[-1].result, init_hash="another"))
+    assert unequal([*every, wrong]) == [wrong.config.seed]
+    text = rewritten(every, tmp_path)
+    for control, about in CONTROLS.items():
+        assert f"{control}, {about}" in html.unescape(text)
 
 
 # In a real browser.

@@ -10,7 +10,20 @@
 from sapwood.allocation import Global, Layerwise
 from sapwood.attach import Attachment, assert_masked, attach
 from sapwood.batches import Data
-from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
+from sapwood.criteria import (
+    PX,
+    Grasp,
+    Magnitude,
+    NtkSap,
+    OptimalBrainDamage,
+    ProsPr,
+    Random,
+    Skeletonization,
+    Snip,
+    SynFlow,
+    SynFlowL2,
+    Taylor,
+)
 from sapwood.errors import (
     BudgetError,
     ConfigError,
@@ -32,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "PX",
     "Attachment",
     "BudgetError",
     "ConfigError",
@@ -47,14 +61,19 @@ __all__ = [
     "Masks",
     "Method",
     "NtkSap",
+    "OptimalBrainDamage",
+    "ProsPr",
     "Random",
     "Result",
     "Round",
     "SapwoodError",
     "SapwoodWarning",
     "ScoreError",
+    "Skeletonization",
     "Snip",
     "SynFlow",
+    "SynFlowL2",
+    "Taylor",
     "UnsupportedModelError",
     "assert_masked",
     "attach",

@@ -6,8 +6,9 @@ A batch is opaque to everything but this file: a tensor, a pair `(input, target)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -101,6 +102,12 @@ def size(batch: Batch) -> int:
     return _leaves(inputs_of(batch))[0].shape[0]
 
 
+def samples(batch: Batch) -> Iterator[Batch]:
+    """The batches of one that a batch, labelled or not, is made of."""
+    for i in range(size(batch)):
+        yield _map_all(batch, itemgetter(slice(i, i + 1)))
+
+
 def resized(batch: Batch, samples: int) -> Batch:
     """The first `samples` of an unlabelled batch; samples are repeated where it has fewer."""
     return _map(batch, lambda t: t[torch.arange(samples, device=t.device) % t.shape[0]])
@@ -172,6 +179,13 @@ def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     if isinstance(batch, Mapping):
         return {key: function(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
     return function(batch)
+
+
+def _map_all(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """Inputs and targets alike."""
+    if isinstance(batch, tuple | list):
+        return tuple(_map_all(part, function) for part in batch)
+    return _map(batch, function) if isinstance(batch, Tensor | Mapping) else batch
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

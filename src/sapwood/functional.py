@@ -22,7 +22,7 @@ from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_
 from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
 from sapwood.isolation import skeleton, unwrapped
 from sapwood.masks import Masks
-from sapwood.prunable import Pattern, Weight, all_weights, select
+from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
 
 Params = dict[str, Tensor]
 Forward = Callable[[nn.Module, Batch], Any]
@@ -41,6 +41,7 @@ class FunctionalModel:
         buffers: All buffers by name. Never written to.
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
+        layout: Dimensions of the channels of every prunable weight.
         loss_fn: The user's `loss(output, target)`, the mean over a batch, or None.
         group: Processes that score together, each on its share of the data; None scores alone.
     """
@@ -50,6 +51,7 @@ class FunctionalModel:
     buffers: Params
     prunable: tuple[str, ...]
     fan_in: dict[str, int]
+    layout: dict[str, Layout]
     loss_fn: Loss | None = None
     group: dist.ProcessGroup | None = None
     norms: tuple[BatchNorm, ...] = field(default=(), repr=False)
@@ -101,6 +103,7 @@ class FunctionalModel:
             buffers={name: buffer.detach() for name, buffer in model.named_buffers()},
             prunable=prunable,
             fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
+            layout={w.name: w.layout for w in weights if w.name in prunable},
             loss_fn=loss,
             group=group,
             norms=norms,
@@ -158,11 +161,17 @@ class FunctionalModel:
         return output_tensor(self.run(params, inputs_of(batch), **options))
 
     def loss(
-        self, params: Mapping[str, Tensor], batch: Batch, *, temperature: float = 1.0, train: bool = True
+        self,
+        params: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        temperature: float = 1.0,
+        train: bool = True,
+        buffers: Params | None = None,
     ) -> Tensor:
-        """Mean loss over a labelled batch, its logits divided by `temperature`."""
+        """Mean loss over a labelled batch, its logits divided by `temperature`; `train` and `buffers` as in `run`."""
         own = self.loss_fn is None and isinstance(batch, Mapping) and self.module.takes_labels
-        output = self.run(params, batch if own else inputs_of(batch), train=train)
+        output = self.run(params, batch if own else inputs_of(batch), train=train, buffers=buffers)
         if own and isinstance(getattr(output, "loss", None), Tensor):
             if temperature != 1:
                 raise UnsupportedModelError(

@@ -185,13 +185,21 @@ class Masks(Mapping[str, Tensor]):
         """The same masks on `device`."""
         return replace(self, tensors={name: mask.to(device) for name, mask in self.items()})
 
-    def shuffled(self, generator: torch.Generator) -> Masks:
-        """Permutes every mask inside its layer: same counts, random positions (Frankle et al. 2021's sanity check)."""
+    def shuffled(self, generator: torch.Generator, *, taps: bool = False) -> Masks:
+        """Permutes every mask inside its layer: same counts, random positions (Frankle et al. 2021's sanity check).
+
+        Args:
+            generator: Source of the permutations.
+            taps: Also keep the count of every kernel tap: a convolution's weights, (out, in, *kernel), change places
+                only with others of the same position in the kernel. Other weights have one tap.
+        """
         tensors = {}
         for name, mask in self.items():
-            order = torch.randperm(mask.numel(), generator=generator, device=generator.device).to(mask.device)
-            tensors[name] = mask.flatten()[order].reshape(mask.shape)
-        return Masks(tensors, {**self.provenance, "shuffled": True})
+            by_tap = mask.flatten(2) if taps and mask.dim() > 2 else mask.reshape(-1, 1)
+            by_tap = by_tap.reshape(-1, by_tap.shape[-1])  # (out x in, taps)
+            columns = [column[_order(len(column), generator).to(mask.device)] for column in by_tap.unbind(1)]
+            tensors[name] = torch.stack(columns, 1).reshape(mask.shape)
+        return Masks(tensors, {**self.provenance, "shuffled": "taps" if taps else True})
 
     def check(self, named: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """Checks that the masks fit a model, given as a mapping from parameter name to tensor.
@@ -273,6 +281,10 @@ def _checksum(metadata: Mapping[str, str], packed: Mapping[str, np.ndarray]) -> 
         digest.update(name.encode())
         digest.update(packed[name].tobytes())
     return digest.hexdigest()
+
+
+def _order(length: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(length, generator=generator, device=generator.device)
 
 
 def _unpack(bits: np.ndarray | None, shape: list[int], where: str) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -18,6 +19,18 @@ from sapwood.errors import ConfigError, UnsupportedModelError, unknown_name
 
 LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 Pattern = str | type[nn.Module] | nn.Module
+
+
+class Layout(NamedTuple):
+    """Where a weight has its channels.
+
+    Attributes:
+        output: Dimension of the output channels, 0 or 1; the input channels are in the other one.
+        groups: Groups of a convolution: dimension 1 has the channels of one group, dimension 0 those of all.
+    """
+
+    output: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,13 @@ class Weight:
         if type(owner).__name__ == "Conv1D":  # Hugging Face's transposed linear layer
             return shape[0]
         return math.prod(shape[1:])
+
+    @property
+    def layout(self) -> Layout:
+        """Dimensions of its output and input channels; an embedding's inputs are its words."""
+        owner = self.owners[0]
+        inputs_first = isinstance(owner, _ConvTransposeNd | nn.Embedding) or type(owner).__name__ == "Conv1D"
+        return Layout(int(inputs_first), owner.groups if isinstance(owner, _ConvNd) else 1)
 
     def matches(self, pattern: Pattern) -> bool:
         """Whether a name, glob, module type or module selects this parameter."""

@@ -39,6 +39,7 @@ class Method:
         schedule: Densities after each round: "exponential", "linear" or "cubic".
         allocation: Which weights a budget keeps: "global", "uniform", "uniform+", "erk", masks, or densities by name.
         regrow: Whether a pruned weight may return in a later round (FORCE).
+        invert: Keep the lowest scores instead of the highest, in every round: a sanity check (Frankle et al. 2021).
     """
 
     criterion: Criterion
@@ -46,6 +47,7 @@ class Method:
     schedule: str = "exponential"
     allocation: str | Masks | Mapping[str, float] | Allocation = "global"
     regrow: bool = False
+    invert: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def iterate(
         begin = time.perf_counter()
         scores = method.criterion(net, masks, data, generator)
         _check_scores(scores, net, method)
+        if method.invert:
+            scores = {name: -score for name, score in scores.items()}
         masks = allocate(scores, dense if method.regrow else masks, keep)
         history.append(Round(index, target, keep, time.perf_counter() - begin, masks.collapsed))
         if on_round:

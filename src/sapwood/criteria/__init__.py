@@ -7,8 +7,27 @@ keep.
 from sapwood.criteria.grasp import Grasp
 from sapwood.criteria.magnitude import Magnitude
 from sapwood.criteria.ntk_sap import NtkSap
+from sapwood.criteria.obd import OptimalBrainDamage
+from sapwood.criteria.prospr import ProsPr
+from sapwood.criteria.px import PX
 from sapwood.criteria.random import Random
+from sapwood.criteria.skeletonization import Skeletonization
 from sapwood.criteria.snip import Snip
 from sapwood.criteria.synflow import SynFlow
+from sapwood.criteria.synflow_l2 import SynFlowL2
+from sapwood.criteria.taylor import Taylor
 
-__all__ = ["Grasp", "Magnitude", "NtkSap", "Random", "Snip", "SynFlow"]
+__all__ = [
+    "PX",
+    "Grasp",
+    "Magnitude",
+    "NtkSap",
+    "OptimalBrainDamage",
+    "ProsPr",
+    "Random",
+    "Skeletonization",
+    "Snip",
+    "SynFlow",
+    "SynFlowL2",
+    "Taylor",
+]

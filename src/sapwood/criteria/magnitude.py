@@ -1,5 +1,8 @@
 """Magnitude: |w| (LeCun et al. 1989's baseline; Han et al. 2015; at initialisation in the NTK-SAP paper's tables).
 
+It is Janowsky's (1989) rule too, who removes the weakest bonds of a trained network and then applies the learning
+algorithm again; the method table has it under both names.
+
 At initialisation this ranks layers by their initial scale (1/sqrt(fan-in) under Kaiming's rule) more than weights;
 the allocation "uniform" takes that away. Needs no data.
 """

@@ -17,6 +17,7 @@ scores are the code's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,23 +35,39 @@ class SynFlow:
 
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight; pruned ones get 0 through the mask."""
-        ones = filled(resized(data.templates()[0], 1), lambda t: torch.ones_like(t, device=net.device))
-        params = {name: _positive(p) for name, p in net.params.items()}
-        kept = masks.apply({name: params[name] for name in net.prunable})
-        leaves = {name: weight.requires_grad_() for name, weight in kept.items()}
-        with LinearFlow():
-            output = net.outputs({**params, **leaves}, ones, buffers=_flow_statistics(net))
-        gradient = differentiate(output.sum(), leaves)
-        return {name: (leaf.detach() * gradient[name]).abs() for name, leaf in leaves.items()}
+        return flow_scores(net, masks, data, torch.abs)
 
 
-def _positive(tensor: Tensor) -> Tensor:
-    return tensor.double().abs() if tensor.is_floating_point() else tensor
+def flow_scores(net: FunctionalModel, masks: Masks, data: Data, positive: Callable[[Tensor], Tensor]) -> Params:
+    """P dR/dp for p = positive(w), R being the sum of the outputs of the network with weights p on an input of ones.
+
+    On a bias-free ReLU network this is the sum of the products of p over all paths through the weight.
+
+    Args:
+        net: The model.
+        masks: Masks of its weights; pruned ones get 0.
+        data: What the shape of an input is read from.
+        positive: Makes weights and BatchNorm's variances positive; its result is in float64.
+    """
+    ones = filled(resized(data.templates()[0], 1), lambda t: torch.ones_like(t, device=net.device))
+    params = {name: _positive(p, positive) for name, p in net.params.items()}
+    kept = masks.apply({name: params[name] for name in net.prunable})
+    leaves = {name: weight.requires_grad_() for name, weight in kept.items()}
+    with LinearFlow():
+        output = net.outputs({**params, **leaves}, ones, buffers=flow_statistics(net, positive))
+    gradient = differentiate(output.sum(), leaves)
+    return {name: (leaf.detach() * gradient[name]).abs() for name, leaf in leaves.items()}
 
 
-def _flow_statistics(net: FunctionalModel) -> Params:
+def flow_statistics(net: FunctionalModel, positive: Callable[[Tensor], Tensor]) -> Params:
     """Buffers in float64; running means are zero, since a flow is not centred."""
     return {
-        name: torch.zeros_like(buffer, dtype=torch.float64) if name.endswith("running_mean") else _positive(buffer)
+        name: torch.zeros_like(buffer, dtype=torch.float64)
+        if name.endswith("running_mean")
+        else _positive(buffer, positive)
         for name, buffer in net.buffers.items()
     }
+
+
+def _positive(tensor: Tensor, positive: Callable[[Tensor], Tensor]) -> Tensor:
+    return positive(tensor.double()) if tensor.is_floating_point() else tensor

@@ -15,7 +15,15 @@ from sapwood.training import TrainConfig
 
 DENSE = "dense"
 ALWAYS = ("data", "model", "method")  # part of a run's identity even where they have their default values
-CONTROLS = ("shuffle",)
+CONTROLS = {
+    "shuffle": "the method's masks, shuffled inside each layer",
+    "shuffle-taps": "shuffled inside each layer and kernel tap",
+    "reinit": "the method's masks, over initial weights that it did not see",
+    "invert": "the weights that the method would prune, kept",
+}
+"""Sanity checks of a method's masks (Frankle et al. 2021). Random masks with a method's layer densities are no fifth:
+a shuffle is uniform among the masks with these counts, whatever it shuffles."""
+SAME_LAYERS = ("shuffle", "shuffle-taps", "reinit")  # the layer densities are the method's
 # Apart, because NTK-SAP's first fresh weights would be the initial ones if both came from one seed.
 INIT_SEED, ORDER_SEED, CONTROL_SEED = 10_000, 20_000, 30_000
 
@@ -34,7 +42,9 @@ class RunConfig:
         per_class: Training images of each class that SNIP and its like score on.
         min_per_layer: Weights that every layer keeps at least.
         masks: Hash of the mask file that was given instead of pruning here; None: no file.
-        control: "shuffle" permutes the method's masks inside each layer (Frankle et al. 2021); "" leaves them.
+        control: A name of `CONTROLS`: "shuffle" permutes the method's masks inside each layer, "shuffle-taps" inside
+            each layer and kernel tap, "reinit" trains other initial weights under them, "invert" keeps the lowest
+            scores in every round; "" does none of it.
         seed: Of the masks; initial weights and data order have seeds that follow from it.
         train: How it is trained.
     """

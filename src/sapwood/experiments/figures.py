@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from sapwood.experiments.config import DENSE
-from sapwood.experiments.looks import GRID, INK, MUTED, SERIES, looks, subject_of
+from sapwood.experiments.config import DENSE, SAME_LAYERS
+from sapwood.experiments.looks import GRID, INK, MUTED, SERIES, control_of, looks, subject_of
 from sapwood.experiments.summary import Summary
 
 FAINT: Any = {"linestyle": ":", "linewidth": 1.2, "alpha": 0.6, "marker": "_", "markersize": 8, "markeredgewidth": 1.6}
@@ -88,7 +88,7 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float, order: 
     """Density of every layer under every method, in percent on a log scale; an empty layer is drawn at the bottom.
 
     Args:
-        densities: By method and layer, 0 to 1; shuffled masks are left out, whose densities are those of their method.
+        densities: By method and layer, 0 to 1; controls with the densities of their method are left out.
         overall: Density of the whole network.
         order: All methods of the report, which share out colours and markers.
     """
@@ -98,7 +98,7 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float, order: 
     with _axes((4.7, 3.4)) as (figure, axes):
         axes.axhline(100 * overall, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label="all layers")
         for method, by_layer in densities.items():
-            if subject_of(method) == method or subject_of(method) not in densities:
+            if control_of(method) not in SAME_LAYERS or subject_of(method) not in densities:
                 values = [100 * (by_layer[name] or bottom) for name in names]
                 axes.plot(range(len(names)), values, label=method, **looks(order)[method])
         _log_scale(axes)

@@ -21,7 +21,8 @@ class Grid:
         data: Data set.
         model: Model.
         methods: Pruning methods, some perhaps with fields that differ from the method table, as
-            ntk-sap@rounds=5,epsilon=1e-6, or with masks shuffled inside each layer, as ntk-sap@control=shuffle.
+            ntk-sap@rounds=5,epsilon=1e-6, or a control (shuffle, shuffle-taps, reinit, invert), as
+            ntk-sap@control=shuffle.
         sparsities: Shares of the prunable weights to remove, each in [0, 1).
         seeds: One run each. A seed gives all methods the same initial weights and the same data order.
         resolution: Pixels that images are brought to; the default keeps theirs.

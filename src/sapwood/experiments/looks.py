@@ -11,6 +11,7 @@ MARKERS = ("o", "s", "^", "D", "v", "<", ">")
 INK, MUTED, GRID = "#1d2129", "#5b6470", "#dfe3e8"
 SECOND_ROUND, CONTROL = (0, (6, 1.5, 1, 1.5)), (0, (3, 1.5))  # dash-dotted, dashed
 RANDOM = {"random": "X", "erk": "P"}  # they control for every method, a shuffle for its own
+FILLED = {"shuffle": "none", "shuffle-taps": "bottom", "reinit": "left", "invert": "top"}  # part of a control's marker
 
 Look = dict[str, Any]
 
@@ -18,15 +19,23 @@ Look = dict[str, Any]
 def looks(labels: Sequence[str]) -> dict[str, Look]:
     """Colour, marker and line of every method, the same in all figures of a report.
 
-    Controls are dashed: random masks in grey, the shuffled masks of a method in its colour with hollow markers.
+    Controls are dashed: random masks in grey, those of a method in its colour with hollow or half-filled markers.
     """
     order = [label for label in dict.fromkeys(map(subject_of, labels)) if label not in RANDOM]
-    return {label: _hollow(look) if subject_of(label) != label else look for label, look in _full(labels, order)}
+    return {
+        label: _hollow(look, control) if (control := control_of(label)) else look
+        for label, look in _full(labels, order)
+    }
 
 
 def subject_of(label: str) -> str:
     """The label without the control: `snip@rounds=2` of `snip@rounds=2,control=shuffle`."""
-    return re.sub(r"[@,]control=\w+$", "", label)
+    return re.sub(r"[@,]control=[\w-]+$", "", label)
+
+
+def control_of(label: str) -> str:
+    """The control in a label, or nothing: `shuffle` of `snip@rounds=2,control=shuffle`."""
+    return label[len(subject_of(label)) :].rpartition("=")[2]
 
 
 def _full(labels: Sequence[str], order: Sequence[str]) -> Iterator[tuple[str, Look]]:
@@ -41,5 +50,7 @@ def _full(labels: Sequence[str], order: Sequence[str]) -> Iterator[tuple[str, Lo
         yield label, {**look, "markeredgewidth": 0}
 
 
-def _hollow(look: Look) -> Look:
-    return {**look, "linestyle": CONTROL, "markerfacecolor": "none", "markeredgewidth": 1.2}
+def _hollow(look: Look, control: str) -> Look:
+    filled = FILLED.get(control, "none")
+    marker = {"markerfacecolor": "none"} if filled == "none" else {"fillstyle": filled}
+    return {**look, "linestyle": CONTROL, "markeredgewidth": 1.2, **marker}

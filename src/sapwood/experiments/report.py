@@ -9,7 +9,7 @@ import jinja2
 
 from sapwood.experiments import figures, looks, store, tables
 from sapwood.experiments.compare import Outcome
-from sapwood.experiments.config import DENSE
+from sapwood.experiments.config import CONTROLS, DENSE, SAME_LAYERS
 from sapwood.experiments.drawing import draw
 from sapwood.experiments.figures import Published
 from sapwood.experiments.pairs import differences
@@ -54,7 +54,8 @@ def write_report(
         "problems": tables.problems(outcomes),
         "setup": tables.setup(outcomes, summary),
         "on_gpu": any(result.environment.get("device") != "cpu" for _, result in finished(outcomes)),
-        "shuffled": [method for method in summary.methods if looks.subject_of(method) != method],
+        "controls": {name: about for name, about in CONTROLS.items() if name in map(looks.control_of, summary.methods)},
+        "same_layers": [method for method in summary.methods if looks.control_of(method) in SAME_LAYERS],
         "command": command,
     }
     environment = _environment()

@@ -8,7 +8,11 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+<<<<<<< HEAD
 from typing import TYPE_CHECKING
+=======
+from typing import Any
+>>>>>>> criteria
 
 import torch
 from safetensors.torch import save_model
@@ -73,10 +77,18 @@ def run(
         done = first(fabric, lambda: _begun(stack, config, folder, where, wait))
         if done is not None:
             return done
+<<<<<<< HEAD
         initial = weights_hash(model)
+=======
+        (folder / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
+        store.write_json(folder / store.ENVIRONMENT, environment(device))
+>>>>>>> criteria
         model.to(device)
         if masks is None and config.method != DENSE:
             masks = _pruned(config, model, dataset, folder)
+        if config.control == "reinit":
+            model = create_model(config.model, dataset, config.seed + CONTROL_SEED).to(device)
+        initial = weights_hash(model)
         split = Split.of(dataset, config.train, device)
         cost.reset_peak(device)
         result = _trained(config, model, split, masks, folder, on_epoch, fabric)
@@ -130,13 +142,21 @@ def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path)
         density=config.density,
         seed=config.seed,
         min_per_layer=config.min_per_layer,
-        **config.fields,
+        **_fields(config),
     )
     masks = result.masks
-    if config.control:
-        masks = masks.shuffled(torch.Generator().manual_seed(config.seed + CONTROL_SEED))
+    if config.control in ("shuffle", "shuffle-taps"):
+        generator = torch.Generator().manual_seed(config.seed + CONTROL_SEED)
+        masks = masks.shuffled(generator, taps=config.control == "shuffle-taps")
     masks.save(path)
     return masks
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    """The method's fields; the control turns its ranking around, one that is turned around already included."""
+    if config.control != "invert":
+        return dict(config.fields)
+    return {**config.fields, "invert": not config.fields.get("invert", False)}
 
 
 def _trained(

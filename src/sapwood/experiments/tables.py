@@ -67,11 +67,12 @@ def costs(outcomes: Sequence[Outcome], summary: Summary) -> dict[str, Cost]:
 
 def unequal(outcomes: Sequence[Outcome]) -> list[int]:
     """Seeds whose runs began from unlike weights or saw unlike data; runs from before hashes were kept pass."""
-    starts: dict[int, set[tuple[str, str]]] = {}
+    starts: dict[tuple[int, bool], set[tuple[str, str]]] = {}
     for outcome, result in finished(outcomes):
         if result.init_hash:
-            starts.setdefault(outcome.config.seed, set()).add((result.init_hash, result.order_hash))
-    return sorted(seed for seed, found in starts.items() if len(found) > 1)
+            alike = (outcome.config.seed, outcome.config.control == "reinit")  # which begins elsewhere, by intention
+            starts.setdefault(alike, set()).add((result.init_hash, result.order_hash))
+    return sorted({seed for (seed, _), found in starts.items() if len(found) > 1})
 
 
 def problems(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Methods by name, and the front door `prune`."""
 
 from sapwood.methods.front import prunable, prune
-from sapwood.methods.table import LABELLED, METHODS, configured, find
+from sapwood.methods.table import LABELLED, METHODS, ON_INPUTS, configured, find
 
-__all__ = ["LABELLED", "METHODS", "configured", "find", "prunable", "prune"]
+__all__ = ["LABELLED", "METHODS", "ON_INPUTS", "configured", "find", "prunable", "prune"]

@@ -46,7 +46,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     Args:
         model: Any `nn.Module`, on any device, in any mode.
         method: A name of `METHODS` ("ntk-sap", "random", "erk", "magnitude", "snip", "iter-snip", "force", "grasp",
-            "synflow"), an import path "package.module:object", a `Method`, or a criterion.
+            "synflow", "synflow-l2", "px", "prospr"; for trained weights "janowsky", "taylor", "obd",
+            "skeletonization"), an import path "package.module:object", a `Method`, or a criterion.
         density: Share of the prunable weights to keep, (0, 1]. Exactly one of these three words is given, or none where
             `allocation` brings a density with it.
         sparsity: 1 - density, [0, 1).
@@ -67,7 +68,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         group: Processes that score together (`torch.distributed.group.WORLD`): all of them call `prune` with the same
             model and seed, each with its share of the batches, and all get the same masks. NTK-SAP divides its
             mini-batches among them.
-        **fields: Fields of the method (rounds, schedule, allocation, regrow) and of its criterion (for NTK-SAP:
+        **fields: Fields of the method (rounds, schedule, allocation, regrow, invert) and of its criterion (for NTK-SAP:
             resamples, samples, batch_size, epsilon, fresh_weights, random_inputs).
 
     Returns:
@@ -129,6 +130,7 @@ def _provenance(name: str, recipe: Method, seed: int, density: float, model: nn.
             "schedule": recipe.schedule,
             "allocation": _described(recipe.allocation),
             "regrow": recipe.regrow,
+            "invert": recipe.invert,
         },
         "seed": seed,
         "density": density,

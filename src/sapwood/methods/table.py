@@ -6,7 +6,20 @@ import dataclasses
 import importlib
 from typing import Any
 
-from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
+from sapwood.criteria import (
+    PX,
+    Grasp,
+    Magnitude,
+    NtkSap,
+    OptimalBrainDamage,
+    ProsPr,
+    Random,
+    Skeletonization,
+    Snip,
+    SynFlow,
+    SynFlowL2,
+    Taylor,
+)
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.pruning import Criterion, Method
 
@@ -20,10 +33,21 @@ METHODS: dict[str, Method] = {
     "force": Method(Snip(), rounds=60, regrow=True),
     "grasp": Method(Grasp()),
     "synflow": Method(SynFlow(), rounds=100),
+    "synflow-l2": Method(SynFlowL2(), rounds=100),
+    "px": Method(PX(), rounds=100),
+    "prospr": Method(ProsPr()),
+    # For trained networks, though they score whatever weights there are.
+    "janowsky": Method(Magnitude()),
+    "taylor": Method(Taylor()),
+    "obd": Method(OptimalBrainDamage()),
+    "skeletonization": Method(Skeletonization()),
 }
 
-LABELLED = ("snip", "iter-snip", "force", "grasp")
-"""The methods that need labelled batches; the others need an input's shape at most."""
+LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr", "taylor", "obd", "skeletonization")
+"""The methods that need labelled batches."""
+
+ON_INPUTS = ("px",)
+"""The methods that need batches, labelled or not; all further ones need an input's shape at most."""
 
 
 def find(method: str | Method | Criterion) -> tuple[str, Method]:

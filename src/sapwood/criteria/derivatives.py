@@ -1,0 +1,42 @@
+"""Derivatives that several criteria need: second ones, and those of single samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sapwood.batches import Batch, inputs_of, samples
+from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.masks import Masks
+
+
+@contextmanager
+def twice_differentiable(net: FunctionalModel) -> Iterator[None]:
+    """Fused attention kernels, and cuDNN's recurrent ones, have no second derivative; the plain ones do."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in net.module.modules())
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=not recurrent):
+        yield
+
+
+def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_statistics: bool) -> Iterator[Params]:
+    """Gradient of the loss of each sample with respect to the effective weights, one sample after another.
+
+    One forward and backward pass a sample, and the memory of one; `torch.func.vmap` would be faster, and fails on
+    models with data-dependent control flow.
+
+    Args:
+        net: The model.
+        masks: Masks of the effective weights.
+        batch: A labelled batch.
+        batch_statistics: BatchNorm is held at the statistics of the whole batch (else at the running ones): a single
+            sample has none of its own.
+    """
+    effective = {name: weight.detach() for name, weight in net.leaves(masks).items()}
+    buffers = net.calibrated(effective, inputs_of(batch)) if batch_statistics else None
+    for sample in samples(batch):
+        leaves = net.leaves(masks)
+        yield differentiate(net.loss(leaves, sample, train=False, buffers=buffers), leaves)

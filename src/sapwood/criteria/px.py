@@ -1,0 +1,87 @@
+"""PX, Path eXclusion: keep what bounds the trace of the NTK on the data (Iurada, Ciccone, Tommasi, CVPR 2024).
+
+Formula. An output k is a sum over paths p: the product v_p of the weights on the path, times the input at its
+beginning, if all its rectifiers are open. Through the chain rule the trace of the NTK is at most the product of two
+squared norms, one of the outputs' dependence on the paths, one of the paths' dependence on the weights. Both are read
+off auxiliary networks without non-linearities:
+
+* activated paths J_k = sum over samples x and paths p to k of a_p(x) x_p^2: all weights one, inputs squared, every
+  rectifier multiplied by the gate a that it has in the real network on x (eval mode, running statistics);
+* path values K_k = sum over paths p to k of v_p^2: all weights squared, an input of ones, all rectifiers open.
+
+R = sum_k J_k K_k, and S_j = w_j^2 dR/d(w_j^2), J being a constant. All three networks are under the masks. Scores are
+positive, and conserved layer by layer on networks without biases, as SynFlow's are.
+
+The data enter through how much each output counts, and only there. With J = 1 it is SynFlow-L2, and under a dense last
+layer all J_k are alike, whatever the data: the two part from the round on in which outputs lose weights unevenly.
+
+Defaults: 100 exponential rounds. Needs inputs, no labels.
+
+Choices where the paper's networks have nothing to say: paths begin at inputs, so biases are zero in the auxiliary
+networks; all other parameters (norm scales, tokens, positions) are weights like any other; BatchNorm's scale 1/std is
+one in the first network and 1/var in the second; GELU, SiLU and their like have the gates of a ReLU; tanh and sigmoid
+are always open, attention is bilinear (see `linear_flow`), and of a max-pool the larger flow passes; recurrent layers'
+fused non-linearities are left as they are.
+
+Departures from the procedure of the authors' code: functions are intercepted in a context (there `F.relu` is patched
+for everybody, and `x.relu()` is not seen); float64; what is a weight goes by type, not by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sapwood.batches import Batch, Data, filled, resized
+from sapwood.criteria.gates import Record, Replay
+from sapwood.criteria.linear_flow import LinearFlow
+from sapwood.criteria.synflow import flow_statistics
+from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.masks import Masks
+
+CONSTANT = ("bias", "beta")  # what comes from no input
+
+
+@dataclass(frozen=True)
+class PX:
+    """w^2 d(sum_k J_k K_k)/d(w^2)."""
+
+    def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scores every weight; pruned ones get 0 through the mask."""
+        squares = _auxiliary(net, masks, torch.square)
+        ones = _auxiliary(net, masks, torch.ones_like)
+        total = {name: torch.zeros_like(squares[name]) for name in net.prunable}
+        for batch in data.inputs():
+            paths = self.activated(net, masks, ones, batch)
+            leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
+            start = filled(resized(batch, 1), torch.ones_like)
+            with LinearFlow():
+                values = net.outputs({**squares, **leaves}, start, buffers=flow_statistics(net, torch.square))
+            for name, gradient in differentiate((paths * values).sum(), leaves).items():
+                total[name] += gradient
+        return {name: squares[name] * gradient for name, gradient in net.summed(total).items()}
+
+    def activated(self, net: FunctionalModel, masks: Masks, ones: Params, batch: Batch) -> Tensor:
+        """Activated paths to every output, weighted with the squared inputs: the outputs' shape with a batch of one."""
+        with torch.no_grad():
+            with Record() as record:
+                net.outputs(masks.apply(net.weights), batch)
+            squared = filled(batch, torch.square)
+            with Replay(record.gates):
+                paths = net.outputs(ones, squared, buffers=flow_statistics(net, torch.ones_like))
+        return paths.sum(0, keepdim=True)
+
+
+def _auxiliary(net: FunctionalModel, masks: Masks, value: Callable[[Tensor], Tensor]) -> Params:
+    """All parameters in float64 as an auxiliary network has them, under the masks."""
+    params = {
+        name: torch.zeros_like(p, dtype=torch.float64)
+        if any(word in name.rpartition(".")[2] for word in CONSTANT)
+        else value(p.double())
+        for name, p in net.params.items()
+        if p.is_floating_point()
+    }
+    return masks.apply(params)
