@@ -10,15 +10,15 @@ import torch.multiprocessing as mp
 from nets import CLASSES, labelled, mlp
 from sapwood import Masks, prune
 
-METHODS = ["snip", "iter-snip", "force", "grasp", "ntk-sap", "synflow", "random"]
+METHODS = ["snip", "iter-snip", "force", "grasp", "ntk-sap", "ntk-sap-jvp", "synflow", "random"]
 
 
 def masks_of(method: str, batches: list, group=None) -> Masks:
     torch.manual_seed(0)
     model = mlp(6, 12, 12, CLASSES).double()
-    fields = {"ntk-sap": {"rounds": 3, "resamples": 3}, "iter-snip": {"rounds": 3}, "force": {"rounds": 3}}.get(
-        method, {}
-    )
+    few = {"rounds": 3, "resamples": 3}
+    quick = {"ntk-sap": few, "ntk-sap-jvp": few, "iter-snip": {"rounds": 3}, "force": {"rounds": 3}}
+    fields = quick.get(method, {})
     return prune(model, method=method, density=0.3, input_shape=(6,), batches=batches, group=group, **fields).masks
 
 

@@ -6,7 +6,8 @@ A batch is opaque to everything but this file: a tensor, a pair `(input, target)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,13 @@ def size(batch: Batch) -> int:
 def resized(batch: Batch, samples: int) -> Batch:
     """The first `samples` of an unlabelled batch; samples are repeated where it has fewer."""
     return _map(batch, lambda t: t[torch.arange(samples, device=t.device) % t.shape[0]])
+
+
+def parts(batch: Batch, samples: int) -> Iterator[Batch]:
+    """An unlabelled batch in pieces of at most `samples`, in order."""
+    for start in range(0, size(batch), samples):
+        piece = slice(start, start + samples)
+        yield _map(batch, operator.itemgetter(piece))
 
 
 def filled(batch: Batch, fill: Callable[[Tensor], Tensor]) -> Batch:
