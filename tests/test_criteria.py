@@ -9,22 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nets import CLASSES, Residual, TinyViT, labelled, mlp
-from sapwood import (
-    Data,
-    FunctionalModel,
-    Grasp,
-    Magnitude,
-    Masks,
-    NtkSap,
-    NtkSapJvp,
-    Random,
-    SapwoodWarning,
-    Snip,
-    SynFlow,
-    prune,
-)
+from sapwood import Data, FunctionalModel, Grasp, Magnitude, Masks, NtkSap, Random, SapwoodWarning, Snip, SynFlow, prune
 from sapwood.criteria.ntk_sap import fresh_parameters, mask_gradient, output_change
-from sapwood.criteria.ntk_sap_jvp import squared_jvp
 from sapwood.errors import DataError, ScoreError, UnsupportedModelError
 
 

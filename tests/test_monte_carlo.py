@@ -60,7 +60,7 @@ def distance(first, second) -> float:
 
 
 class TestOneComputationDoneDifferently:
-    @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+    @pytest.mark.parametrize("chunk", [1, 3, 7])
     @pytest.mark.parametrize("merged", [False, True])
     def test_chunks_give_the_gradient_of_the_whole(self, chunk, merged):
         piece = draws(Block())
@@ -171,28 +171,26 @@ class TestJvp:
                 total += squared_jvp(net, real, params, direction, batch).item()
         assert total == pytest.approx(exact.item(), rel=1e-12)
 
-    def test_the_estimator_converges_to_the_exact_expectation_of_its_gradient(self):
-        """2 m_j ||J_j||^2 + the change of the Jacobian itself: d/dm ||J diag(m)||_F^2 by automatic differentiation."""
+    def test_expectation_is_the_gradient_of_the_squared_frobenius_norm(self):
+        """The gradient is quadratic in the direction too: a basis of directions sums to its expectation."""
         model = mlp(3, 4, 2, activation=nn.Softplus)
-        net, _, params, _, batch = draws(model, shape=(3,), samples=3)
-        dense = Masks.dense({n: params[n] for n in net.prunable})
+        net, masks, params, _, batch = draws(model, shape=(3,), samples=3)
 
-        def norm(masks):
+        def norm(real):
             def outputs(weights):
                 return torch.func.functional_call(model, {**params, **weights}, (batch,))
 
-            blocks = torch.func.jacfwd(outputs)({n: params[n] * masks[n] for n in masks})
-            return sum((blocks[n] * masks[n]).square().sum() for n in masks)
+            blocks = torch.func.jacrev(outputs)({n: params[n] * real[n] for n in real})
+            return sum((blocks[n] * real[n]).square().sum() for n in real)
 
-        exact = torch.func.grad(norm)({n: torch.ones_like(params[n]) for n in dense})
-        exact = torch.cat([exact[n].flatten() for n in dense])
-        mean, draws_ = torch.zeros_like(exact), 1500
-        rng = generator(5)
-        for _ in range(draws_):
-            direction = {n: torch.randn(params[n].shape, generator=rng, dtype=torch.float64) for n in net.prunable}
-            gradient = NtkSapJvp().mask_gradient(net, dense, params, direction, batch)
-            mean += torch.cat([g.flatten() for g in gradient.values()]) / draws_
-        assert (mean - exact).norm() / exact.norm() < 0.06
+        exact = torch.func.grad(norm)({n: masks[n].double() for n in net.prunable})
+        total = {n: torch.zeros_like(params[n]) for n in net.prunable}
+        for name, j in [(n, j) for n in net.prunable for j in range(params[n].numel())]:
+            direction = {n: torch.zeros_like(params[n]) for n in net.prunable}
+            direction[name].view(-1)[j] = 1
+            for n, gradient in NtkSapJvp().mask_gradient(net, masks, params, direction, batch).items():
+                total[n] += gradient
+        close(total, exact)
 
     def test_mask_gradient_against_central_differences_through_batchnorm(self):
         """Statistics are constants: the oracle holds them where they are at the masks."""
@@ -239,7 +237,7 @@ class TestJvp:
 
         def spread(**fields):
             criterion = NtkSapJvp(**fields)
-            sums = [[s.sum().log() for s in criterion(net, masks, data, generator(i)).values()] for i in range(12)]
+            sums = [[s.sum().log() for s in criterion(net, masks, data, generator(i)).values()] for i in range(8)]
             return torch.tensor(sums).std(0).mean()
 
         assert spread(resamples=8, samples=16) < 0.7 * spread(resamples=1, samples=128, batch_size=128)
