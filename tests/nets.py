@@ -130,6 +130,7 @@ def sentences(samples: int = 4, length: int = 5) -> list[dict[str, torch.Tensor]
 
 QUICK = {
     "ntk-sap": {"rounds": 3, "resamples": 2, "samples": 16},
+    "ntk-sap-jvp": {"rounds": 3, "resamples": 2, "samples": 8},
     "iter-snip": {"rounds": 4},
     "force": {"rounds": 4},
     "synflow": {"rounds": 10},

@@ -11,11 +11,12 @@ from nets import CLASSES, labelled, mlp
 from sapwood import Masks, prune
 
 METHODS = [
-    "snip", "iter-snip", "force", "grasp", "ntk-sap", "synflow", "random", "synflow-l2", "px", "taylor", "obd",
-    "obd-hutchinson", "skeletonization",
+    "snip", "iter-snip", "force", "grasp", "ntk-sap", "ntk-sap-jvp", "synflow", "random", "synflow-l2", "px", "taylor",
+    "obd", "obd-hutchinson", "skeletonization",
 ]  # fmt: skip
 FIELDS = {
     "ntk-sap": {"rounds": 3, "resamples": 3},
+    "ntk-sap-jvp": {"rounds": 3, "resamples": 3},
     "iter-snip": {"rounds": 3},
     "force": {"rounds": 3},
     "px": {"rounds": 3},

@@ -113,6 +113,13 @@ def resized(batch: Batch, samples: int) -> Batch:
     return _map(batch, lambda t: t[torch.arange(samples, device=t.device) % t.shape[0]])
 
 
+def parts(batch: Batch, samples: int) -> Iterator[Batch]:
+    """An unlabelled batch in pieces of at most `samples`, in order."""
+    for start in range(0, size(batch), samples):
+        piece = slice(start, start + samples)
+        yield _map(batch, itemgetter(piece))
+
+
 def filled(batch: Batch, fill: Callable[[Tensor], Tensor]) -> Batch:
     """An unlabelled batch with every floating-point tensor replaced; integers (token ids, attention masks) stay."""
     return _map(batch, lambda t: fill(t) if t.is_floating_point() else t)

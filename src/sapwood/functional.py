@@ -23,6 +23,7 @@ from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, 
 from sapwood.isolation import skeleton, unwrapped
 from sapwood.masks import Masks
 from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
+from sapwood.statistics import BatchStatistics
 
 Params = dict[str, Tensor]
 Forward = Callable[[nn.Module, Batch], Any]
@@ -144,7 +145,7 @@ class FunctionalModel:
         state = {
             **self.params,
             **params,
-            **({k: v.clone() for k, v in self.buffers.items()} if buffers is None else buffers),
+            **(self.own_buffers() if buffers is None else buffers),
         }
         try:
             return functional_call(self.module, {f"model.{k}": v for k, v in state.items()}, (cast(batch, dtype),))
@@ -185,13 +186,28 @@ class FunctionalModel:
             return cross_entropy(output, target_of(batch))
         return self.loss_fn(output, batch if isinstance(batch, Mapping) else target_of(batch))
 
+    def own_buffers(self) -> Params:
+        """Clones of the model's buffers, which a pass may update."""
+        return {name: buffer.clone() for name, buffer in self.buffers.items()}
+
     def calibrated(self, params: Mapping[str, Tensor], batch: Batch) -> Params:
         """Buffers in which every BatchNorm has this batch's statistics (mean, unbiased variance) under `params`."""
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        buffers = self.own_buffers()
         if self.norms:
             with torch.no_grad():
                 self.run(params, batch, buffers=buffers, train=True)
         return buffers
+
+    def calibrating(self, params: Mapping[str, Tensor], batch: Batch, *, record: Params | None = None) -> Tensor:
+        """Logits, every BatchNorm normalising with its own input's statistics (see `BatchStatistics`), in one pass.
+
+        Args:
+            params: Parameters to replace.
+            batch: Any batch.
+            record: Buffers that take the statistics, for passes in eval mode afterwards; None keeps them nowhere.
+        """
+        with BatchStatistics(record=record is not None):
+            return self.outputs(params, batch, buffers=record, train=True)
 
     def gradient(
         self, masks: Masks, batches: Iterable[Batch], *, temperature: float = 1.0, train: bool = True

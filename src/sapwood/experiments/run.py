@@ -8,11 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-<<<<<<< HEAD
-from typing import TYPE_CHECKING
-=======
-from typing import Any
->>>>>>> criteria
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_model
@@ -77,12 +73,6 @@ def run(
         done = first(fabric, lambda: _begun(stack, config, folder, where, wait))
         if done is not None:
             return done
-<<<<<<< HEAD
-        initial = weights_hash(model)
-=======
-        (folder / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
-        store.write_json(folder / store.ENVIRONMENT, environment(device))
->>>>>>> criteria
         model.to(device)
         if masks is None and config.method != DENSE:
             masks = _pruned(config, model, dataset, folder)

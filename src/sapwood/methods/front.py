@@ -45,8 +45,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
 
     Args:
         model: Any `nn.Module`, on any device, in any mode.
-        method: A name of `METHODS` ("ntk-sap", "random", "erk", "magnitude", "snip", "iter-snip", "force", "grasp",
-            "synflow", "synflow-l2", "px", "prospr"; for trained weights "janowsky", "taylor", "obd",
+        method: A name of `METHODS` ("ntk-sap", "ntk-sap-jvp", "random", "erk", "magnitude", "snip", "iter-snip",
+            "force", "grasp", "synflow", "synflow-l2", "px", "prospr"; for trained weights "janowsky", "taylor", "obd",
             "skeletonization"), an import path "package.module:object", a `Method`, or a criterion.
         density: Share of the prunable weights to keep, (0, 1]. Exactly one of these three words is given, or none where
             `allocation` brings a density with it.
@@ -69,7 +69,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             model and seed, each with its share of the batches, and all get the same masks. NTK-SAP divides its
             mini-batches among them.
         **fields: Fields of the method (rounds, schedule, allocation, regrow, invert) and of its criterion (for NTK-SAP:
-            resamples, samples, batch_size, epsilon, fresh_weights, random_inputs).
+            resamples, samples, batch_size, epsilon, fresh_weights, random_inputs, layout, merged_statistics,
+            chunk_size).
 
     Returns:
         Masks that keep exactly round(density x prunable weights), the history, seconds and seed.

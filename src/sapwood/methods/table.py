@@ -11,6 +11,7 @@ from sapwood.criteria import (
     Grasp,
     Magnitude,
     NtkSap,
+    NtkSapJvp,
     OptimalBrainDamage,
     ProsPr,
     Random,
@@ -25,6 +26,7 @@ from sapwood.pruning import Criterion, Method
 
 METHODS: dict[str, Method] = {
     "ntk-sap": Method(NtkSap(), rounds=20),
+    "ntk-sap-jvp": Method(NtkSapJvp(), rounds=20),
     "random": Method(Random()),
     "erk": Method(Random(), allocation="erk"),
     "magnitude": Method(Magnitude()),
