@@ -88,7 +88,7 @@ class Prune:
             return 0
         out.parent.mkdir(parents=True, exist_ok=True)
         built.model.to(device)
-        rounds = fields.get("rounds", find(self.method)[1].rounds)
+        rounds = fields.get("rounds", getattr(find(self.method)[1], "rounds", 1))
         with terminal.progress() as bar:
             task = bar.add_task(f"{self.method}, rounds", total=rounds)
             result = search(
