@@ -103,6 +103,12 @@ class Prune:
                 **fields,
             )
         result.masks.save(out)
+        if result.params is not None:
+            terminal.complain(
+                "warning",
+                f"{self.method} also changes the weights that are kept, and a mask file holds none: call sapwood.prune "
+                "from Python, or train with `sapwood compare`, where they count.",
+            )
         terminal.show(terminal.mask_table(result.masks))
         print(out)
         return 0

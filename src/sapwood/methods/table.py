@@ -8,6 +8,7 @@ from typing import Any
 
 from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
 from sapwood.errors import ConfigError, unknown_name
+from sapwood.methods.obs import Obs
 from sapwood.pruning import Criterion, Method, Procedure
 
 METHODS: dict[str, Procedure] = {
@@ -20,9 +21,10 @@ METHODS: dict[str, Procedure] = {
     "force": Method(Snip(), rounds=60, regrow=True),
     "grasp": Method(Grasp()),
     "synflow": Method(SynFlow(), rounds=100),
+    "obs": Obs(),
 }
 
-LABELLED = ("snip", "iter-snip", "force", "grasp")
+LABELLED = ("snip", "iter-snip", "force", "grasp", "obs")
 """The methods that need labelled batches; the others need an input's shape at most."""
 
 
