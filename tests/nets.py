@@ -133,6 +133,7 @@ QUICK = {
     "iter-snip": {"rounds": 4},
     "force": {"rounds": 4},
     "synflow": {"rounds": 10},
+    "ntt": {"rounds": 2, "interval": 2},
 }
 """Fields that make every method quick."""
 

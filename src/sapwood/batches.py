@@ -106,6 +106,11 @@ def resized(batch: Batch, samples: int) -> Batch:
     return _map(batch, lambda t: t[torch.arange(samples, device=t.device) % t.shape[0]])
 
 
+def taken(batch: Batch, index: Tensor) -> Batch:
+    """The samples of an unlabelled batch at the positions `index`."""
+    return _map(batch, lambda t: t[index.to(t.device)])
+
+
 def filled(batch: Batch, fill: Callable[[Tensor], Tensor]) -> Batch:
     """An unlabelled batch with every floating-point tensor replaced; integers (token ids, attention masks) stay."""
     return _map(batch, lambda t: fill(t) if t.is_floating_point() else t)

@@ -12,15 +12,13 @@ weights that will be trained are scored, not a re-initialised copy; missing clas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from sapwood.batches import Data, size
+from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.functional import FunctionalModel, differentiate
 from sapwood.masks import Masks
 
@@ -41,7 +39,7 @@ class Grasp:
         """Scores every weight; pruned ones get 0."""
         batches = data.labelled()
         scores = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
-        with _twice_differentiable(net):
+        with twice_differentiable(net):
             direction = net.gradient(masks, batches, temperature=self.temperature, train=self.batch_statistics)
             for batch in batches:
                 leaves = net.leaves(masks)
@@ -51,11 +49,3 @@ class Grasp:
                 for name, product in differentiate(slope, leaves).items():  # type: ignore[arg-type]
                     scores[name] += leaves[name].detach() * product
         return net.summed(scores)
-
-
-@contextmanager
-def _twice_differentiable(net: FunctionalModel) -> Iterator[None]:
-    """Fused attention kernels, and cuDNN's recurrent ones, have no second derivative; the plain ones do."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in net.module.modules())
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=not recurrent):
-        yield

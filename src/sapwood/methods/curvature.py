@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sapwood.batches import Batch, Data, size
+from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ScoreError
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
@@ -31,7 +32,11 @@ def inverse_fisher(net: FunctionalModel, masks: Masks, data: Data, width: int, d
 
 def hessian(net: FunctionalModel, masks: Masks, data: Data) -> Tensor:
     """Of the mean loss with respect to the kept weights, float64; pruned weights have the rows and columns of I."""
-    batches = data.labelled()
+    with twice_differentiable(net):
+        return _hessian(net, masks, data.labelled())
+
+
+def _hessian(net: FunctionalModel, masks: Masks, batches: Sequence[Batch]) -> Tensor:
     leaves = net.leaves(masks)
     loss = torch.stack([net.loss(leaves, batch, train=False) * size(batch) for batch in batches]).sum()
     slope = differentiate(loss / sum(size(batch) for batch in batches), leaves, create_graph=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
 from sapwood.errors import ConfigError, unknown_name
+from sapwood.methods.ntt import Ntt
 from sapwood.methods.obs import Obs
 from sapwood.pruning import Criterion, Method, Procedure
 
@@ -22,13 +23,14 @@ METHODS: dict[str, Procedure] = {
     "grasp": Method(Grasp()),
     "synflow": Method(SynFlow(), rounds=100),
     "obs": Obs(),
+    "ntt": Ntt(),
 }
 
 LABELLED = ("snip", "iter-snip", "force", "grasp", "obs")
 """The methods that need labelled batches; the others need an input's shape at most."""
 
 
-METHOD_FIELDS = ("rounds", "schedule", "allocation", "regrow")
+METHOD_FIELDS = tuple(field.name for field in dataclasses.fields(Method) if field.name != "criterion")
 """Fields of `Method`, in the order in which provenance names them."""
 
 
