@@ -136,6 +136,7 @@ QUICK = {
     "synflow": {"rounds": 10},
     "synflow-l2": {"rounds": 10},
     "px": {"rounds": 5},
+    "ntt": {"rounds": 2, "interval": 2},
 }
 """Fields that make every method quick."""
 

@@ -120,6 +120,11 @@ def parts(batch: Batch, samples: int) -> Iterator[Batch]:
         yield _map(batch, itemgetter(piece))
 
 
+def taken(batch: Batch, index: Tensor) -> Batch:
+    """The samples of an unlabelled batch at the positions `index`."""
+    return _map(batch, lambda t: t[index.to(t.device)])
+
+
 def filled(batch: Batch, fill: Callable[[Tensor], Tensor]) -> Batch:
     """An unlabelled batch with every floating-point tensor replaced; integers (token ids, attention masks) stay."""
     return _map(batch, lambda t: fill(t) if t.is_floating_point() else t)

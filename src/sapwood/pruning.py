@@ -6,16 +6,17 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sapwood.allocation import Allocation, allocation, budget
 from sapwood.batches import Data
-from sapwood.errors import SapwoodWarning, ScoreError
-from sapwood.functional import FunctionalModel
-from sapwood.masks import Masks
+from sapwood.errors import MaskError, SapwoodWarning, ScoreError
+from sapwood.functional import FunctionalModel, Params
+from sapwood.isolation import unwrapped
+from sapwood.masks import Masks, clean_name
 from sapwood.schedules import densities
 
 Scores = dict[str, Tensor]
@@ -49,6 +50,21 @@ class Method:
     regrow: bool = False
     invert: bool = False
 
+    def run(
+        self,
+        net: FunctionalModel,
+        data: Data,
+        density: float,
+        generator: torch.Generator,
+        *,
+        min_per_layer: int = 0,
+        on_round: OnRound | None = None,
+        within: Masks | None = None,
+    ) -> Found:
+        """Alternates scoring and pruning: see `iterate`."""
+        options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
+        return Found(*iterate(net, self, data, density, generator, **options))
+
 
 @dataclass(frozen=True)
 class Round:
@@ -61,6 +77,39 @@ class Round:
     collapsed: tuple[str, ...]
 
 
+OnRound = Callable[[Round, Masks], Any]
+
+
+class Found(NamedTuple):
+    """What a method found: masks, one record a round, and new weights by name if it changes any."""
+
+    masks: Masks
+    history: tuple[Round, ...]
+    params: Params | None = None
+
+
+@runtime_checkable
+class Procedure(Protocol):
+    """Whatever `prune` can run: a `Method`, or a frozen dataclass with a loop of its own, which may return weights.
+
+    Its fields are its hyper-parameters, settable like a method's.
+    """
+
+    def run(
+        self,
+        net: FunctionalModel,
+        data: Data,
+        density: float,
+        generator: torch.Generator,
+        *,
+        min_per_layer: int = 0,
+        on_round: OnRound | None = None,
+        within: Masks | None = None,
+    ) -> Found:
+        """Masks that keep exactly round(density x prunable weights), all of them among those of `within`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Result:
     """Masks and how they came about; printing it prints the layer table.
@@ -71,6 +120,7 @@ class Result:
         seconds: Wall time of the call.
         seed: The seed of every random draw.
         method: The method's name.
+        params: New values of parameters and buffers, by name, pruned weights zero; None: the model's own stay.
     """
 
     masks: Masks
@@ -78,6 +128,26 @@ class Result:
     seconds: float
     seed: int
     method: str = field(default="")
+    params: Params | None = field(default=None, repr=False)
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module) -> None:
+        """Writes the result into a model: the new weights, if there are any, and zeros where weights are pruned.
+
+        Raises:
+            MaskError: the model lacks one of the names, or has it with another shape; nothing was changed.
+        """
+        core = unwrapped(model)
+        named = {**dict(core.named_parameters()), **dict(core.named_buffers())}
+        self.masks.check(named, strict=False)
+        params = self.params or {}
+        for name, value in params.items():
+            if name not in named or named[name].shape != value.shape:
+                raise MaskError(f"The result belongs to another model, which has {name!r} of {tuple(value.shape)}.")
+        for name, value in params.items():
+            named[name].copy_(value)
+        for name, mask in self.masks.items():
+            named[name].masked_fill_(~mask.to(named[name].device), 0)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
@@ -105,7 +175,8 @@ def iterate(
     generator: torch.Generator,
     *,
     min_per_layer: int = 0,
-    on_round: Callable[[Round, Masks], Any] | None = None,
+    on_round: OnRound | None = None,
+    within: Masks | None = None,
 ) -> tuple[Masks, tuple[Round, ...]]:
     """Runs a method to `density`.
 
@@ -117,6 +188,7 @@ def iterate(
         generator: Source of every draw, on the model's device.
         min_per_layer: Weights that every layer keeps at least.
         on_round: Called after every round with its record and masks.
+        within: Masks to begin from: what they prune stays pruned, and the schedule starts at their density.
 
     Returns:
         Masks that keep exactly round(density x total) weights, and the history.
@@ -126,29 +198,57 @@ def iterate(
         ScoreError: a score is NaN or infinite.
     """
     allocate = allocation(method.allocation, min_per_layer)
-    dense = masks = Masks.dense(net.weights)
+    first = masks = starting_masks(net, within)
     history: list[Round] = []
-    budgets = [(d, budget(d, dense.total)) for d in densities(method.schedule, density, method.rounds)]
-    if budgets[-1][1] == dense.total:
-        return dense, ()
+    budgets = stages(method.schedule, density, method.rounds, first)
+    if budgets[-1][1] == first.kept:
+        return first, ()
     for index, (target, keep) in enumerate(budgets, start=1):
         begin = time.perf_counter()
         scores = method.criterion(net, masks, data, generator)
         _check_scores(scores, net, method)
         if method.invert:
             scores = {name: -score for name, score in scores.items()}
-        masks = allocate(scores, dense if method.regrow else masks, keep)
+        masks = allocate(scores, first if method.regrow else masks, keep)
         history.append(Round(index, target, keep, time.perf_counter() - begin, masks.collapsed))
         if on_round:
             on_round(history[-1], masks)
+    warn_of_collapse(masks)
+    return masks, tuple(history)
+
+
+def starting_masks(net: FunctionalModel, within: Masks | None) -> Masks:
+    """`within` in the order and on the device of the model's prunable weights; all ones where it is None.
+
+    Raises:
+        MaskError: `within` is another model's, or lacks a prunable weight.
+    """
+    if within is None:
+        return Masks.dense(net.weights)
+    named = {clean_name(name): name for name in net.prunable}
+    within.check({clean: net.params[name] for clean, name in named.items()}, strict=False)
+    if missing := [clean for clean in named if clean not in within]:
+        raise MaskError(f"The masks of within= have no entry for {missing[0]!r}, which is to be pruned.")
+    return Masks({name: within[clean].to(net.params[name].device) for clean, name in named.items()})
+
+
+def stages(schedule: str, density: float, rounds: int, first: Masks) -> list[tuple[float, int]]:
+    """Density and weights kept after each round, from those of `first` down to `density`."""
+    begin = first.density
+    parts = densities(schedule, min(1.0, density / begin), rounds)
+    targets = [*(begin * part for part in parts[:-1]), density]
+    return [(target, budget(target, first.total)) for target in targets]
+
+
+def warn_of_collapse(masks: Masks) -> None:
+    """Says so where a layer keeps nothing."""
     if masks.collapsed:
         warnings.warn(
             f"{len(masks.collapsed)} of {len(masks)} layers keep no weight ({', '.join(masks.collapsed[:5])}): the "
             "network may be cut in two there. min_per_layer=1, more rounds or a higher density avoid it.",
             SapwoodWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
-    return masks, tuple(history)
 
 
 def _check_scores(scores: Scores, net: FunctionalModel, method: Method) -> None:

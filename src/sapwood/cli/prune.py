@@ -88,7 +88,7 @@ class Prune:
             return 0
         out.parent.mkdir(parents=True, exist_ok=True)
         built.model.to(device)
-        rounds = fields.get("rounds", find(self.method)[1].rounds)
+        rounds = fields.get("rounds", getattr(find(self.method)[1], "rounds", 1))
         with terminal.progress() as bar:
             task = bar.add_task(f"{self.method}, rounds", total=rounds)
             result = search(
@@ -103,6 +103,12 @@ class Prune:
                 **fields,
             )
         result.masks.save(out)
+        if result.params is not None:
+            terminal.complain(
+                "warning",
+                f"{self.method} also changes the weights that are kept, and a mask file holds none: call sapwood.prune "
+                "from Python, or train with `sapwood compare`, where they count.",
+            )
         terminal.show(terminal.mask_table(result.masks))
         print(out)
         return 0

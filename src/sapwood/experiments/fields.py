@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import types
@@ -14,8 +13,7 @@ from typing import Any
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.experiments.config import CONTROLS
 from sapwood.methods import configured, find
-from sapwood.methods.table import criterion_fields
-from sapwood.pruning import Method
+from sapwood.methods.table import settings
 
 COMMA = re.compile(r",(?!\w+=)")  # one that does not stand inside a method's variant
 
@@ -52,7 +50,7 @@ def parse_fields(method: str, entries: Iterable[str]) -> dict[str, Any]:
         ConfigError: the method or a field does not exist, or a value is illegal.
     """
     name, found = find(method)
-    defaults = _defaults(found)
+    defaults = settings(found)
     parsed = {}
     for entry in entries:
         field, text = assignment(entry, "rounds=20")
@@ -97,8 +95,3 @@ def value(field: str, text: str, kind: Any) -> Any:
     if kind in (bool, int, float) and type(read) is not kind:
         raise ConfigError(f"{field} takes a value of type {kind.__name__}; {text!r} came.")
     return read
-
-
-def _defaults(method: Method) -> dict[str, Any]:
-    own = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.name != "criterion"}
-    return own | {field: getattr(method.criterion, field) for field in criterion_fields(method)}

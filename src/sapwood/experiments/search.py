@@ -17,6 +17,7 @@ from sapwood.experiments.config import Place
 from sapwood.experiments.material import initialised, load_data
 from sapwood.masks import Masks
 from sapwood.methods import LABELLED, METHODS, ON_INPUTS, prune
+from sapwood.methods.table import settings
 from sapwood.pruning import Result, Round
 
 
@@ -79,7 +80,9 @@ def subject(
 
 def needs_batches(method: str, fields: Mapping[str, Any]) -> bool:
     """Whether a method is given batches: those that score on them, and, since they may, those of other people."""
-    return method in (*LABELLED, *ON_INPUTS) or method not in METHODS or fields.get("random_inputs") is False
+    if method in (*LABELLED, *ON_INPUTS) or method not in METHODS:
+        return True
+    return {**settings(METHODS[method]), **fields}.get("random_inputs") is False
 
 
 def search(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +16,15 @@ from sapwood.batches import Batch, Data
 from sapwood.functional import Forward, FunctionalModel, Loss
 from sapwood.isolation import isolated, unwrapped
 from sapwood.masks import Masks, clean_names, fingerprint
-from sapwood.methods.table import configured, criterion_fields, find
+from sapwood.methods.table import METHOD_FIELDS, configured, find, settings
 from sapwood.prunable import Pattern, select
-from sapwood.pruning import Criterion, Method, Result, Round, iterate
+from sapwood.pruning import Criterion, OnRound, Procedure, Result
 
 
 def prune(  # noqa: PLR0913  # the front door: every argument but the model is a keyword
     model: nn.Module,
     *,
-    method: str | Method | Criterion = "ntk-sap",
+    method: str | Procedure | Criterion = "ntk-sap",
     density: float | None = None,
     sparsity: float | None = None,
     compression: float | None = None,
@@ -37,7 +37,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     min_per_layer: int = 0,
     zero_init: str = "ones",
     seed: int = 0,
-    on_round: Callable[[Round, Masks], Any] | None = None,
+    on_round: OnRound | None = None,
+    within: Masks | None = None,
     group: dist.ProcessGroup | None = None,
     **fields: Any,
 ) -> Result:
@@ -47,7 +48,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         model: Any `nn.Module`, on any device, in any mode.
         method: A name of `METHODS` ("ntk-sap", "ntk-sap-jvp", "random", "erk", "magnitude", "snip", "iter-snip",
             "force", "grasp", "synflow", "synflow-l2", "px", "prospr"; for trained weights "janowsky", "taylor", "obd",
-            "skeletonization"), an import path "package.module:object", a `Method`, or a criterion.
+            "skeletonization"), an import path "package.module:object", a `Method`, a
+            `Procedure`, or a criterion.
         density: Share of the prunable weights to keep, (0, 1]. Exactly one of these three words is given, or none where
             `allocation` brings a density with it.
         sparsity: 1 - density, [0, 1).
@@ -65,6 +67,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             they are.
         seed: Seed of every random draw; the global generators are left as they were.
         on_round: Called after every round with its record and masks.
+        within: Masks to begin from, such as those of an earlier call: what they prune stays pruned. `density` is still
+            a share of all prunable weights.
         group: Processes that score together (`torch.distributed.group.WORLD`): all of them call `prune` with the same
             model and seed, each with its share of the batches, and all get the same masks. NTK-SAP divides its
             mini-batches among them.
@@ -73,7 +77,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             chunk_size).
 
     Returns:
-        Masks that keep exactly round(density x prunable weights), the history, seconds and seed.
+        Masks that keep exactly round(density x prunable weights), the history, seconds and seed; and new weights, where
+        the method changes them (`params`; `load_into` writes them into a model).
 
     Raises:
         BudgetError: the budget cannot be met, or not exactly one of the three words is given.
@@ -101,9 +106,10 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             core, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
         generator = torch.Generator(net.device).manual_seed(seed)
-        masks, history = iterate(net, recipe, data, density, generator, min_per_layer=min_per_layer, on_round=on_round)
+        options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
+        masks, history, params = recipe.run(net, data, density, generator, **options)
     masks = Masks(clean_names(masks), _provenance(name, recipe, seed, density, core))
-    return Result(masks, history, time.perf_counter() - begin, seed, name)
+    return Result(masks, history, time.perf_counter() - begin, seed, name, _as_held(params, core))
 
 
 def prunable(
@@ -113,32 +119,41 @@ def prunable(
     return {weight.name: weight.tensor for weight in select(unwrapped(model), include, exclude)}
 
 
-def _density(recipe: Method, density: float | None, sparsity: float | None, compression: float | None) -> float:
+def _as_held(params: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:
+    """New weights under clean names, in the precision in which the model holds them."""
+    if params is None:
+        return None
+    held = dict(model.named_parameters())
+    return clean_names({name: value.detach().to(held[name].dtype) for name, value in params.items()})
+
+
+def _density(recipe: Procedure, density: float | None, sparsity: float | None, compression: float | None) -> float:
     words = (density, sparsity, compression)
-    if isinstance(recipe.allocation, Masks) and words == (None, None, None):
-        return recipe.allocation.density
+    like = getattr(recipe, "allocation", None)
+    if isinstance(like, Masks) and words == (None, None, None):
+        return like.density
     return target_density(*words)
 
 
-def _provenance(name: str, recipe: Method, seed: int, density: float, model: nn.Module) -> dict[str, Any]:
-    criterion = recipe.criterion
-    own = {key: getattr(criterion, key) for key in sorted(criterion_fields(recipe))}
+def _provenance(name: str, recipe: Procedure, seed: int, density: float, model: nn.Module) -> dict[str, Any]:
+    own = settings(recipe)
+    plain = {key: own[key] for key in own if key not in METHOD_FIELDS and _is_plain(own[key])}
+    shared = {key: own[key] for key in METHOD_FIELDS if key in own}
+    if "allocation" in shared:
+        shared["allocation"] = _described(shared["allocation"])
     return {
         "method": name,
-        "fields": {
-            **{key: value for key, value in own.items() if isinstance(value, bool | int | float | str | None)},
-            "rounds": recipe.rounds,
-            "schedule": recipe.schedule,
-            "allocation": _described(recipe.allocation),
-            "regrow": recipe.regrow,
-            "invert": recipe.invert,
-        },
+        "fields": {**dict(sorted(plain.items())), **shared},
         "seed": seed,
         "density": density,
         "torch": torch.__version__,
         "sapwood": importlib.metadata.version("sapwood"),
         "fingerprint": fingerprint(dict(model.named_parameters())),
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _described(allocation: Any) -> Any:

@@ -22,9 +22,11 @@ from sapwood.criteria import (
     Taylor,
 )
 from sapwood.errors import ConfigError, unknown_name
-from sapwood.pruning import Criterion, Method
+from sapwood.methods.ntt import Ntt
+from sapwood.methods.obs import Obs
+from sapwood.pruning import Criterion, Method, Procedure
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Procedure] = {
     "ntk-sap": Method(NtkSap(), rounds=20),
     "ntk-sap-jvp": Method(NtkSapJvp(), rounds=20),
     "random": Method(Random()),
@@ -38,31 +40,40 @@ METHODS: dict[str, Method] = {
     "synflow-l2": Method(SynFlowL2(), rounds=100),
     "px": Method(PX(), rounds=100),
     "prospr": Method(ProsPr()),
+    "ntt": Ntt(),
     # For trained networks, though they score whatever weights there are.
     "janowsky": Method(Magnitude()),
     "taylor": Method(Taylor()),
     "obd": Method(OptimalBrainDamage()),
     "skeletonization": Method(Skeletonization()),
+    "obs": Obs(),
 }
 
-LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr", "taylor", "obd", "skeletonization")
+LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr", "taylor", "obd", "skeletonization", "obs")
 """The methods that need labelled batches."""
 
 ON_INPUTS = ("px",)
 """The methods that need batches, labelled or not; all further ones need an input's shape at most."""
 
 
-def find(method: str | Method | Criterion) -> tuple[str, Method]:
+METHOD_FIELDS = tuple(field.name for field in dataclasses.fields(Method) if field.name != "criterion")
+"""Fields of `Method`, in the order in which provenance names them."""
+
+
+def find(method: str | Procedure | Criterion) -> tuple[str, Procedure]:
     """The name and the method behind a name, an import path, a method or a criterion.
 
     Args:
-        method: A name of `METHODS`; `"package.module:object"`; a `Method`; or a criterion, used in one global round.
+        method: A name of `METHODS`; `"package.module:object"`; a `Method` or another `Procedure`; or a criterion, used
+            in one global round.
 
     Raises:
         ConfigError: no such name, or nothing callable at the import path.
     """
     if isinstance(method, Method):
         return type(method.criterion).__name__, method
+    if isinstance(method, Procedure):
+        return type(method).__name__, method
     if not isinstance(method, str):
         return getattr(method, "__name__", type(method).__name__), Method(method)
     if ":" in method:
@@ -72,28 +83,39 @@ def find(method: str | Method | Criterion) -> tuple[str, Method]:
     return method, METHODS[method]
 
 
-def configured(name: str, method: Method, fields: dict[str, Any]) -> Method:
+def configured(name: str, method: Procedure, fields: dict[str, Any]) -> Procedure:
     """The method with some of its own or its criterion's fields replaced.
 
     Raises:
         ConfigError: neither has such a field.
     """
-    own = {field.name for field in dataclasses.fields(method)} - {"criterion"}
-    criterion = criterion_fields(method)
+    legal, criterion = settings(method), criterion_fields(method)
     for field in fields:
-        if field not in own | criterion:
-            raise unknown_name(f"field of method {name!r}", field, own | criterion)
+        if field not in legal:
+            raise unknown_name(f"field of method {name!r}", field, legal)
     inner = {key: value for key, value in fields.items() if key in criterion}
-    outer = {key: value for key, value in fields.items() if key in own}
+    outer = {key: value for key, value in fields.items() if key not in criterion}
     if inner:
-        outer["criterion"] = dataclasses.replace(method.criterion, **inner)  # type: ignore[type-var]
-    return dataclasses.replace(method, **outer)
+        outer["criterion"] = dataclasses.replace(method.criterion, **inner)  # type: ignore[attr-defined]
+    return dataclasses.replace(method, **outer) if outer else method  # type: ignore[type-var]
 
 
-def criterion_fields(method: Method) -> set[str]:
-    """Names of the hyper-parameters of a method's criterion."""
-    criterion = method.criterion
-    return {field.name for field in dataclasses.fields(criterion)} if dataclasses.is_dataclass(criterion) else set()
+def criterion_fields(method: Procedure) -> set[str]:
+    """Names of the hyper-parameters of a method's criterion; none where it has no criterion."""
+    return set(_values(getattr(method, "criterion", None)))
+
+
+def settings(method: Procedure) -> dict[str, Any]:
+    """The values of a method's own fields and of its criterion's, by name."""
+    own = _values(method)
+    criterion = own.pop("criterion", None)
+    return own | _values(criterion)
+
+
+def _values(thing: object) -> dict[str, Any]:
+    if isinstance(thing, type) or not dataclasses.is_dataclass(thing):
+        return {}
+    return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
 
 
 def _imported(path: str) -> Any:
@@ -102,6 +124,8 @@ def _imported(path: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"There is no method at {path!r} ('package.module:object' was expected): {error}.") from error
-    if not callable(found) and not isinstance(found, Method):
-        raise ConfigError(f"{path!r} is {type(found).__name__}; a criterion or a sapwood.Method was expected.")
+    if not callable(found) and not isinstance(found, Procedure):
+        raise ConfigError(
+            f"{path!r} is {type(found).__name__}; a criterion, a sapwood.Method or another Procedure was expected."
+        )
     return found() if isinstance(found, type) else found
