@@ -106,6 +106,11 @@ def resized(batch: Batch, samples: int) -> Batch:
     return _map(batch, lambda t: t[torch.arange(samples, device=t.device) % t.shape[0]])
 
 
+def sliced(batch: Batch, start: int, stop: int) -> Batch:
+    """The samples `start` to `stop` (excluded) of an unlabelled batch."""
+    return _map(batch, lambda t: t[start:stop])
+
+
 def filled(batch: Batch, fill: Callable[[Tensor], Tensor]) -> Batch:
     """An unlabelled batch with every floating-point tensor replaced; integers (token ids, attention masks) stay."""
     return _map(batch, lambda t: fill(t) if t.is_floating_point() else t)

@@ -35,14 +35,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sapwood.batches import Batch, Data, filled, resized, size
 from sapwood.errors import ConfigError
+from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class NtkSap:
         for index, template in enumerate(self._templates(data)):
             params = self._draw(net, generator)
             batch = self._inputs(template, net, generator)
-            noise = {name: math.sqrt(self.epsilon) * _normal(params[name], generator) for name in net.prunable}
+            noise = {name: math.sqrt(self.epsilon) * normal(params[name], generator) for name in net.prunable}
             if net.mine(index):  # every process draws everything, so that they stay in step
                 for name, gradient in mask_gradient(net, masks, params, noise, batch).items():
                     total[name] += gradient
@@ -100,13 +99,7 @@ class NtkSap:
     def _inputs(self, template: Batch, net: FunctionalModel, generator: torch.Generator) -> Batch:
         if not self.random_inputs:
             return template
-        return filled(template, lambda t: _normal(t.to(net.device, net.dtype), generator))
-
-
-def fresh_parameters(net: FunctionalModel, generator: torch.Generator) -> Params:
-    """One draw from the initial distribution: N(0, 2 / fan-in) for every layer weight (He et al. 2015), norms reset."""
-    drawn = {name: math.sqrt(2 / fan_in) * _normal(net.params[name], generator) for name, fan_in in net.fan_in.items()}
-    return {**net.params, **_reset_norms(net), **drawn}
+        return filled(template, lambda t: normal(t.to(net.device, net.dtype), generator))
 
 
 def mask_gradient(net: FunctionalModel, masks: Masks, params: Params, noise: Params, batch: Batch) -> Params:
@@ -127,19 +120,3 @@ def output_change(
 
     perturbed = {name: params[name] + noise[name] for name in masks}
     return (outputs(params) - outputs(perturbed)).square().sum()
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def _reset_norms(net: FunctionalModel) -> Params:
-    """Scale 1 and shift 0, as a fresh network has them (the authors' `_initialize_weights`)."""
-    reset: Params = {}
-    for prefix, module in net.module.model.named_modules():
-        if isinstance(module, NORMS):
-            for leaf, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                if name in net.params:
-                    reset[name] = fill(net.params[name])
-    return reset
