@@ -4,7 +4,9 @@ Convention, everywhere: of n samples with k outputs each, output c of sample i i
 outputs fastest.
 """
 
+from sapwood.ntk.analytic import analytic_kernel
 from sapwood.ntk.compare import alignment, distance
+from sapwood.ntk.dynamics import Dynamics, linearised, train_dynamics
 from sapwood.ntk.expected import Expected, expected_kernel
 from sapwood.ntk.gram import kernel
 from sapwood.ntk.options import Options
@@ -13,16 +15,20 @@ from sapwood.ntk.spectra import Spectrum, spectrum
 from sapwood.ntk.traces import Trace, trace
 
 __all__ = [
+    "Dynamics",
     "Expected",
     "Options",
     "Products",
     "Spectrum",
     "Trace",
     "alignment",
+    "analytic_kernel",
     "distance",
     "expected_kernel",
     "kernel",
+    "linearised",
     "products",
     "spectrum",
     "trace",
+    "train_dynamics",
 ]
