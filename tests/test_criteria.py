@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from nets import CLASSES, Residual, TinyViT, labelled, mlp
 from sapwood import FunctionalModel, Grasp, Magnitude, Masks, NtkSap, Random, SapwoodWarning, Snip, SynFlow, prune
-from sapwood.criteria.ntk_sap import fresh_parameters, mask_gradient, output_change
+from sapwood.criteria.ntk_sap import mask_gradient, output_change
 from sapwood.errors import DataError, ScoreError, UnsupportedModelError
+from sapwood.fresh import fresh_parameters
 from scoring import data, flat, generator, random_masks
 
 

@@ -116,13 +116,17 @@ def resized(batch: Batch, samples: int) -> Batch:
 def parts(batch: Batch, samples: int) -> Iterator[Batch]:
     """An unlabelled batch in pieces of at most `samples`, in order."""
     for start in range(0, size(batch), samples):
-        piece = slice(start, start + samples)
-        yield _map(batch, itemgetter(piece))
+        yield sliced(batch, start, start + samples)
 
 
 def taken(batch: Batch, index: Tensor) -> Batch:
     """The samples of an unlabelled batch at the positions `index`."""
     return _map(batch, lambda t: t[index.to(t.device)])
+
+
+def sliced(batch: Batch, start: int, stop: int) -> Batch:
+    """The samples `start` to `stop` (excluded) of an unlabelled batch."""
+    return _map(batch, lambda t: t[start:stop])
 
 
 def filled(batch: Batch, fill: Callable[[Tensor], Tensor]) -> Batch:

@@ -6,21 +6,20 @@ Order of draws from the generator, for each mini-batch: weights in parameter ord
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sapwood.batches import Batch, Data, filled, resized, size
 from sapwood.errors import ConfigError, UnsupportedModelError, unknown_name
+from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 LAYOUTS = ("auto", "contiguous", "channels_last")
 
 
@@ -60,7 +59,7 @@ class MonteCarlo(ABC):
         for index, template in enumerate(self._mini_batches(data)):
             params = fresh_parameters(net, generator) if self.fresh_weights else net.params
             batch = self._inputs(template, net, generator)
-            direction = {name: _normal(params[name], generator) for name in net.prunable}
+            direction = {name: normal(params[name], generator) for name in net.prunable}
             if net.mine(index):  # every process draws everything, so that they stay in step
                 score = partial(self.mask_gradient, net, masks, params, direction)
                 for name, gradient in _in_first_layout_that_runs(score, batch, layouts).items():
@@ -88,7 +87,7 @@ class MonteCarlo(ABC):
     def _inputs(self, template: Batch, net: FunctionalModel, generator: torch.Generator) -> Batch:
         if not self.random_inputs:
             return template
-        return filled(template, lambda t: _normal(t.to(net.device, net.dtype), generator))
+        return filled(template, lambda t: normal(t.to(net.device, net.dtype), generator))
 
     def _layouts(self, net: FunctionalModel) -> list[str]:
         """What to try, best first."""
@@ -96,12 +95,6 @@ class MonteCarlo(ABC):
             return [self.layout]
         measured = net.device.type == "cpu" and net.dtype == torch.float32
         return ["channels_last", "contiguous"] if measured else ["contiguous"]
-
-
-def fresh_parameters(net: FunctionalModel, generator: torch.Generator) -> Params:
-    """One draw from the initial distribution: N(0, 2 / fan-in) for every layer weight (He et al. 2015), norms reset."""
-    drawn = {name: math.sqrt(2 / fan_in) * _normal(net.params[name], generator) for name, fan_in in net.fan_in.items()}
-    return {**net.params, **_reset_norms(net), **drawn}
 
 
 def mask_leaves(net: FunctionalModel, masks: Masks, params: Params) -> Params:
@@ -123,19 +116,3 @@ def _laid_out(batch: Batch, layout: str) -> Batch:
     if layout == "contiguous":
         return batch
     return filled(batch, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def _reset_norms(net: FunctionalModel) -> Params:
-    """Scale 1 and shift 0, as a fresh network has them (the authors' `_initialize_weights`)."""
-    reset: Params = {}
-    for prefix, module in net.module.model.named_modules():
-        if isinstance(module, NORMS):
-            for leaf, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                if name in net.params:
-                    reset[name] = fill(net.params[name])
-    return reset

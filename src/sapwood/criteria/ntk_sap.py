@@ -47,12 +47,10 @@ import torch
 from torch import Tensor
 
 from sapwood.batches import Batch, parts, size
-from sapwood.criteria.monte_carlo import NORMS, MonteCarlo, fresh_parameters, mask_leaves
+from sapwood.criteria.monte_carlo import MonteCarlo, mask_leaves
 from sapwood.errors import ConfigError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
-
-__all__ = ["NORMS", "NtkSap", "fresh_parameters", "mask_gradient", "output_change"]
 
 
 @dataclass(frozen=True)

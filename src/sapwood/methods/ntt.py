@@ -34,6 +34,7 @@ from sapwood.allocation import Allocation, allocation, budget
 from sapwood.batches import Batch, Data, filled, resized, size, taken
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ConfigError, ScoreError
+from sapwood.fresh import normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 from sapwood.pruning import Found, OnRound, Round, starting_masks, warn_of_collapse
@@ -140,7 +141,7 @@ class _Student:
         count, device = self.ntt.batch_size, self.generator.device
         if self.ntt.random_inputs:
             template = resized(self.inputs[0], count)
-            return filled(template, lambda t: _normal(t.to(self.net.device, self.net.dtype), self.generator))
+            return filled(template, lambda t: normal(t.to(self.net.device, self.net.dtype), self.generator))
         which = int(torch.randint(len(self.inputs), (1,), generator=self.generator, device=device))
         order = torch.randperm(size(self.inputs[which]), generator=self.generator, device=device)
         return taken(self.inputs[which], order[:count])
@@ -224,7 +225,3 @@ def _detached(params: Params) -> Params:
 def _or_one(scale: Tensor) -> float:
     """A network whose last layer begins at zero gives nothing to divide by."""
     return float(scale) or 1.0
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
