@@ -15,7 +15,7 @@ Three diagonals:
 The last two may be negative away from a minimum; the sign is kept, and what lowers the loss goes first. Made for
 trained networks, in steps between which training goes on.
 
-Departure: the paper finds its diagonal by a backward recursion of its own, which is for fully connected layers only.
+Departure: the paper finds its diagonal by a backward recursion of its own, layer by layer; here autograd does.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ layer all J_k are alike, whatever the data: the two part from the round on in wh
 
 Defaults: 100 exponential rounds. Needs inputs, no labels.
 
-Choices where the paper's networks have nothing to say: paths begin at inputs, so biases are zero in the auxiliary
-networks; all other parameters (norm scales, tokens, positions) are weights like any other; BatchNorm's scale 1/std is
-one in the first network and 1/var in the second; GELU, SiLU and their like have the gates of a ReLU; tanh and sigmoid
-are always open, attention is bilinear (see `linear_flow`), and of a max-pool the larger flow passes; recurrent layers'
-fused non-linearities are left as they are.
+Choices of ours, beyond plain networks: paths begin at inputs, so biases are zero in the auxiliary networks; all other
+parameters (norm scales, tokens, positions) are weights like any other; BatchNorm's scale 1/std is one in the first
+network and 1/var in the second; GELU, SiLU and their like have the gates of a ReLU; tanh and sigmoid are always open,
+attention is bilinear (see `linear_flow`), and of a max-pool the larger flow passes; recurrent layers' fused
+non-linearities are left as they are.
 
 Departures from the procedure of the authors' code: functions are intercepted in a context (there `F.relu` is patched
 for everybody, and `x.relu()` is not seen); float64; what is a weight goes by type, not by name.

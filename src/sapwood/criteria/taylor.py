@@ -1,7 +1,7 @@
 """Taylor importance, first order: the squared change of the loss when weights are removed (Molchanov et al. 2019).
 
 Formula: I_j = sum over mini-batches b of (w_j g_bj)^2, with g_b the gradient of the mean loss of batch b: the square of
-the change that removing w_j makes to first order (eq. 8). For `structure="channels"` the contributions are added over
+the change that removing w_j makes to first order. For `structure="channels"` the contributions are added over
 the weights of an output channel and then squared, sum_b (sum_j w_j g_bj)^2, which is the paper's gate behind the
 layer: its gradient is that sum.
 
@@ -10,8 +10,7 @@ ranks weights alike. Squares are summed over mini-batches, as the paper averages
 samples are batched: inside a batch gradients of samples cancel, with `per="sample"` (one forward and backward pass a
 sample, BatchNorm held at its batch's statistics) they do not.
 
-Departures from the authors' code: a sum instead of an average with momentum, since nothing is trained between the
-batches; no normalisation by layer, which their code has as an option.
+Departure: a sum instead of a running average over batches, since nothing is trained between them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ CONTROLS = {
     "shuffle": "the method's masks, shuffled inside each layer",
     "shuffle-taps": "shuffled inside each layer and kernel tap",
     "reinit": "the method's masks, over initial weights that it did not see",
-    "invert": "the weights that the method would prune, kept",
+    "invert": "the lowest scores kept instead of the highest",
 }
 """Sanity checks of a method's masks (Frankle et al. 2021). Random masks with a method's layer densities are no fifth:
 a shuffle is uniform among the masks with these counts, whatever it shuffles."""

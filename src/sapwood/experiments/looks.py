@@ -11,7 +11,12 @@ MARKERS = ("o", "s", "^", "D", "v", "<", ">")
 INK, MUTED, GRID = "#1d2129", "#5b6470", "#dfe3e8"
 SECOND_ROUND, CONTROL = (0, (6, 1.5, 1, 1.5)), (0, (3, 1.5))  # dash-dotted, dashed
 RANDOM = {"random": "X", "erk": "P"}  # they control for every method, a shuffle for its own
-FILLED = {"shuffle": "none", "shuffle-taps": "bottom", "reinit": "left", "invert": "top"}  # part of a control's marker
+CONTROLS = {  # filled part of the marker, dashes
+    "shuffle": ("none", CONTROL),
+    "shuffle-taps": ("bottom", (0, (1.2, 1))),
+    "reinit": ("left", (0, (7, 2))),
+    "invert": ("top", (0, (3, 1.2, 1, 1.2, 1, 1.2))),
+}
 
 Look = dict[str, Any]
 
@@ -19,7 +24,8 @@ Look = dict[str, Any]
 def looks(labels: Sequence[str]) -> dict[str, Look]:
     """Colour, marker and line of every method, the same in all figures of a report.
 
-    Controls are dashed: random masks in grey, those of a method in its colour with hollow or half-filled markers.
+    Controls are dashed: random masks in grey, those of a method in its colour with hollow or half-filled markers, each
+    control with dashes of its own.
     """
     order = [label for label in dict.fromkeys(map(subject_of, labels)) if label not in RANDOM]
     return {
@@ -51,6 +57,6 @@ def _full(labels: Sequence[str], order: Sequence[str]) -> Iterator[tuple[str, Lo
 
 
 def _hollow(look: Look, control: str) -> Look:
-    filled = FILLED.get(control, "none")
+    filled, dashes = CONTROLS.get(control, ("none", CONTROL))
     marker = {"markerfacecolor": "none"} if filled == "none" else {"fillstyle": filled}
-    return {**look, "linestyle": CONTROL, "markeredgewidth": 1.2, **marker}
+    return {**look, "linestyle": dashes, "markeredgewidth": 1.2, **marker}
