@@ -3,13 +3,19 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +29,7 @@ from sapwood.experiments.config import ORDER_SEED, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig, local
 from sapwood.experiments.engines.local import shares
 from sapwood.experiments.grid import Grid
-from sapwood.experiments.job import Job, attempt
+from sapwood.experiments.job import Job, Outcome, attempt
 from sapwood.experiments.run import run
 from sapwood.training import TrainConfig
 
@@ -59,10 +65,20 @@ def check_deaths(outcomes):
 METHODS = (f"{__name__}:dies_once", "random", f"{__name__}:always_dies")
 
 
+def deadly(job):
+    """In place of a run, which takes a process seconds to begin."""
+    if job.config.method == METHODS[0]:
+        dies_once(SimpleNamespace(weights={}), None, None, None)
+    return Outcome(job.config, None, f"done on {job.place.device}")
+
+
 def test_dead_process_is_retried_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("SAPWOOD_TEST_MARKER", str(tmp_path / "died"))
-    outcomes = compare(grid(*METHODS[:2]), tmp_path, CPU, engine=EngineConfig(workers=2, retries=1))
-    assert all(outcome.result is not None for outcome in outcomes)
+    monkeypatch.setattr(local, "attempt", deadly)
+    jobs = [Job(config, tmp_path, CPU) for config in grid(*METHODS[:2])]
+    found = list(local.outcomes(jobs, EngineConfig(workers=2, retries=1)))
+    assert sorted(o.config.method for o in found) == sorted(job.config.method for job in jobs)
+    assert {outcome.error for outcome in found} == {"done on cpu"}
     assert (tmp_path / "died").exists()
 
 
@@ -116,6 +132,86 @@ def test_one_process_keeps_to_its_threads(monkeypatch, tmp_path):
     monkeypatch.setattr(local, "attempt", lambda job: job.threads)
     assert list(local.outcomes([Job(RANDOM, tmp_path, CPU)], EngineConfig(workers=1, cpus_per_run=3))) == [3]
     assert list(local.outcomes([Job(RANDOM, tmp_path, CPU)], HERE)) == [None]  # torch's own choice
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(None, 2), (3, 2), (1, None)])
+def test_a_gpu_has_as_many_runs_at_a_time_as_it_is_said_to(monkeypatch, workers, expected):
+    """Two GPUs and threads in place of processes: which run is where when, and none is lost."""
+    lock, at, most, where = threading.Lock(), Counter(), Counter(), []
+
+    def attempt(job):
+        device = job.place.device
+        with lock:
+            at[device] += 1
+            most[device] = max(most[device], at[device])
+            where.append((job.config.seed, device))
+        time.sleep(0.01)
+        with lock:
+            at[device] -= 1
+        return Outcome(job.config, None, f"{job.threads} threads")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(local, "device_of", lambda name: torch.device(name))
+    monkeypatch.setattr(local, "cores", lambda: 12)
+    monkeypatch.setattr(local, "attempt", attempt)
+    monkeypatch.setattr(local._Worker, "new_pool", staticmethod(lambda: ThreadPoolExecutor(1)))
+    jobs = [Job(dataclasses.replace(RANDOM, seed=seed), Path("nowhere"), Place("cuda")) for seed in range(12)]
+    found = list(local.outcomes(jobs, EngineConfig(workers=workers, runs_per_gpu=2)))
+    assert sorted(outcome.config.seed for outcome in found) == sorted(seed for seed, _ in where) == list(range(12))
+    if expected is None:  # one run at a time stays in this process, on the first GPU
+        assert most == {"cuda": 1}
+    else:
+        assert set(most) == {"cuda:0", "cuda:1"} and max(most.values()) <= expected
+        assert {outcome.error for outcome in found} == {f"{12 // (workers or 4)} threads"}
+
+
+def test_ray_runs_ask_for_their_share_of_a_gpu(monkeypatch):
+    pytest.importorskip("ray", reason="the extra 'cluster' is not installed")
+    engine = importlib.import_module("sapwood.experiments.engines.ray")
+    monkeypatch.setattr(engine.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert engine._gpus("auto", EngineConfig("ray", runs_per_gpu=4)) == 0.25
+    assert engine._gpus("cuda", EngineConfig("ray")) == 1
+    assert engine._gpus("cpu", EngineConfig("ray", runs_per_gpu=4)) == 0
+    monkeypatch.setattr(engine.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    assert engine._gpus("auto", EngineConfig("ray", runs_per_gpu=4)) == 0
+    with pytest.raises(ConfigError, match="has no GPU"):
+        engine._gpus("cuda:0", EngineConfig("ray"))
+
+
+def seen_gpus(job):
+    """In place of a run: which GPUs Ray shows to it, and when it was there."""
+    begin = time.time()
+    time.sleep(1)
+    return Outcome(job.config, None, f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {begin} {time.time()}")
+
+
+def check_fractions():
+    """In a process of its own: a local Ray cluster that believes in two GPUs, with two runs on each."""
+    import ray
+
+    from sapwood.experiments.engines import ray as engine
+
+    ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    engine.attempt = seen_gpus
+    jobs = [Job(dataclasses.replace(RANDOM, seed=seed), Path("nowhere"), Place("cuda")) for seed in range(8)]
+    found = list(engine.outcomes(jobs, EngineConfig("ray", runs_per_gpu=2, cpus_per_run=1)))
+    runs = [outcome.error.split() for outcome in found]
+    assert {gpu for gpu, *_ in runs} == {"0", "1"}, runs
+    spans = [(gpu, float(begin), float(end)) for gpu, begin, end in runs]
+    for gpu, begin, _ in spans:
+        together = sum(g == gpu and b <= begin < e for g, b, e in spans)
+        assert together <= 2, runs
+    print("checked")
+
+
+@pytest.mark.slow
+def test_ray_puts_as_many_runs_on_a_gpu_as_it_is_said_to(monkeypatch):
+    pytest.importorskip("ray", reason="the extra 'cluster' is not installed")
+    monkeypatch.setenv("PYTHONPATH", PATH)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    script = "import warnings, test_engines; test_engines.check_fractions()"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
+    assert ended.stdout.splitlines()[-1:] == ["checked"], ended.stderr
 
 
 @pytest.mark.parametrize(

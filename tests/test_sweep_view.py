@@ -16,7 +16,7 @@ from sapwood.experiments import store, trackers
 from sapwood.experiments.compare import Outcome, compare, run_folder
 from sapwood.experiments.config import ORDER_SEED, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
-from sapwood.experiments.live import Status, SweepProgress, status
+from sapwood.experiments.live import Status, SweepProgress, TimeLeft, status
 from sapwood.experiments.run import run
 from sapwood.training import TrainConfig
 
@@ -74,6 +74,24 @@ def test_lines_are_drawn_in_a_terminal_and_go_with_their_runs(tmp_path):
         shown.truncate(0)
         bar.refresh()
         assert "epoch" not in shown.getvalue() and "1/2" in shown.getvalue()
+
+
+def test_time_left_is_at_the_pace_of_the_runs_that_this_sweep_finished(tmp_path):
+    now, shown = [0.0], io.StringIO()
+    configs = [dataclasses.replace(SNIP, seed=seed) for seed in range(8)]
+    bar = SweepProgress(configs, tmp_path, "runs", Console(file=shown, force_terminal=True, width=120))
+    bar.get_time = lambda: now[0]
+    (task,) = bar.tasks
+    task._get_time, task.start_time = bar.get_time, 0.0
+    left = TimeLeft()
+    bar.take(Outcome(configs[0], None, "it was finished before"), False)
+    now[0] = 60.0
+    assert left.render(task).plain == "-:--:-- left"
+    for config in configs[1:3]:  # side by side
+        bar.take(Outcome(config, None, "it failed"), True)
+    assert left.render(task).plain == "0:02:30 left"  # five more, two a minute
+    now[0] = 90.0
+    assert left.render(task).plain == "0:03:45 left"
 
 
 def test_nothing_is_drawn_elsewhere(tmp_path):

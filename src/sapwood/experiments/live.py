@@ -13,7 +13,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +29,6 @@ from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import DENSE, RunConfig
 from sapwood.experiments.terminal import outcome_line, run_name
-
-DAY = 24 * 3600.0  # seconds over which a run's pace is averaged: some runs take hours
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,23 @@ def status(config: RunConfig, folder: Path, since: float) -> Status | None:
         return Status(config, None if prunes else 0) if (folder / store.CONFIG).exists() else None
 
 
+class TimeLeft(ProgressColumn):
+    """Of a sweep, at the pace of the runs that were finished in it.
+
+    Rich's own column measures from the first of them to the last: nothing at first, and next to nothing for two runs
+    that began side by side.
+    """
+
+    def render(self, task: Task) -> Text:
+        """Draws it."""
+        fresh, elapsed = task.fields["fresh"], task.elapsed
+        if not fresh or elapsed is None:
+            return Text("-:--:-- left", style="progress.remaining")
+        return Text(
+            f"{timedelta(seconds=round((task.remaining or 0) * elapsed / fresh))} left", style="progress.remaining"
+        )
+
+
 class SweepProgress(Progress):
     """The bar and the lines; silent where standard error is no terminal."""
 
@@ -71,19 +94,18 @@ class SweepProgress(Progress):
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
             refresh_per_second=1,
-            speed_estimate_period=DAY,
         )
-        self._all = self.add_task(title, total=len(configs))
+        self._all = self.add_task(title, total=len(configs), fresh=0)
 
     def take(self, outcome: Outcome, fresh: bool) -> None:
         """Counts a run, and prints it if it is fresh."""
         self._unfinished.pop(outcome.config.id, None)
-        self.advance(self._all)
+        self.update(self._all, advance=1, fresh=self.tasks[0].fields["fresh"] + fresh)
         if fresh and not self.disable:
             self.console.print(outcome_line(outcome))
 

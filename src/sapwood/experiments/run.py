@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from torch import nn
 
 from sapwood.data import Dataset, pruning_batches
 from sapwood.diagnosis import effective
-from sapwood.errors import ConfigError, DataError, MaskError, SapwoodError
+from sapwood.errors import ConfigError, MaskError, SapwoodError
 from sapwood.experiments import cost, store
 from sapwood.experiments.config import CONTROL_SEED, DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
@@ -27,7 +26,7 @@ from sapwood.experiments.store import RunResult
 from sapwood.experiments.together import first, gathered
 from sapwood.masks import Masks
 from sapwood.methods import prunable
-from sapwood.training import Epoch, TrainResult, train
+from sapwood.training import Epoch, TrainResult, intact, train
 
 if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
@@ -168,22 +167,16 @@ def _trained(
 
     checkpoint = folder / store.CHECKPOINT
     device = split.device if fabric is None else fabric
-    go_on = functools.partial(
-        train, model, split, config.train, masks=masks, device=device, checkpoint=checkpoint, on_epoch=report
-    )
-    resumes = first(fabric, checkpoint.exists)
-    try:
-        result = go_on()
-    except DataError:
-        if not resumes:
-            raise
-        # Damaged, and nothing of it was loaded: the same training begins again.
-        if fabric is not None:
-            fabric.barrier()  # until all have read it
-        first(fabric, lambda: checkpoint.unlink(missing_ok=True))
-        result = go_on()
+    first(fabric, lambda: _drop_damaged(checkpoint))
+    result = train(model, split, config.train, masks=masks, device=device, checkpoint=checkpoint, on_epoch=report)
     first(fabric, lambda: store.write_rows(folder / store.METRICS, result.history))  # with those before an interruption
     return result
+
+
+def _drop_damaged(checkpoint: Path) -> None:
+    """Without it the same training begins again."""
+    if checkpoint.exists() and not intact(checkpoint):
+        checkpoint.unlink()
 
 
 def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, split: Split) -> RunResult:

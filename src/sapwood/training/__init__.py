@@ -1,6 +1,6 @@
 """Training of dense and masked networks: one SGD loop, its settings, and the measurement of a model."""
 
-from sapwood.training.checkpoint import Epoch
+from sapwood.training.checkpoint import Epoch, intact
 from sapwood.training.config import TrainConfig
 from sapwood.training.devices import Device, fabric_for
 from sapwood.training.evaluate import evaluate
@@ -15,5 +15,6 @@ __all__ = [
     "TrainingData",
     "evaluate",
     "fabric_for",
+    "intact",
     "train",
 ]

@@ -112,6 +112,15 @@ def restore(path: Path, state: State, config: TrainConfig, masks: Masks | None) 
     state.history[:] = content["history"]
 
 
+def intact(path: Path) -> bool:
+    """Whether a file is a checkpoint as it was written, of this run or another."""
+    try:
+        _read(path)
+    except DataError:
+        return False
+    return True
+
+
 def _load_tensors(state: State, content: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
