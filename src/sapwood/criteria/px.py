@@ -15,7 +15,8 @@ positive, and conserved layer by layer on networks without biases, as SynFlow's 
 The data enter through how much each output counts, and only there. With J = 1 it is SynFlow-L2, and under a dense last
 layer all J_k are alike, whatever the data: the two part from the round on in which outputs lose weights unevenly.
 
-Defaults: 100 exponential rounds. Needs inputs, no labels.
+Defaults: 100 exponential rounds. Needs inputs, no labels. Cost: two forward passes over all inputs a round, one of them
+in float64.
 
 Choices of ours, beyond plain networks: paths begin at inputs, so biases are zero in the auxiliary networks; all other
 parameters (norm scales, tokens, positions) are weights like any other; BatchNorm's scale 1/std is one in the first
