@@ -50,7 +50,7 @@ def test_the_readme_trains_a_torchvision_model(monkeypatch, capsys):
     assert "fc.weight" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["sapwood", "sapwood.masks", "sapwood.methods.front"])
+@pytest.mark.parametrize("module", ["sapwood", "sapwood.masks", "sapwood.methods.front", "sapwood.methods.imp"])
 def test_doctests(module):
     results = doctest.testmod(importlib.import_module(module))
     assert results.attempted and not results.failed

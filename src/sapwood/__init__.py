@@ -39,8 +39,10 @@ from sapwood.errors import (
 from sapwood.functional import FunctionalModel
 from sapwood.interop import from_torch_prune, to_torch_prune
 from sapwood.masks import Masks, fingerprint
-from sapwood.methods import METHODS, prunable, prune
-from sapwood.pruning import Method, Result, Round, iterate
+from sapwood.methods import METHODS, imp, prunable, prune
+from sapwood.methods.ntt import Ntt
+from sapwood.methods.obs import Obs
+from sapwood.pruning import Method, Procedure, Result, Round, iterate
 
 __version__ = "0.1.0"
 
@@ -63,7 +65,10 @@ __all__ = [
     "Method",
     "NtkSap",
     "NtkSapJvp",
+    "Ntt",
+    "Obs",
     "OptimalBrainDamage",
+    "Procedure",
     "ProsPr",
     "Random",
     "Result",
@@ -81,6 +86,7 @@ __all__ = [
     "attach",
     "fingerprint",
     "from_torch_prune",
+    "imp",
     "iterate",
     "prunable",
     "prune",

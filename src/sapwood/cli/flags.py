@@ -27,6 +27,7 @@ class Training(TrainConfig):
     """How the networks are trained, by SGD."""
 
     seed: Suppress[int] = 0  # follows from the seed of the run
+    start_epoch: Suppress[int] = 0  # follows from how a network is retrained
 
     def __post_init__(self) -> None:
         """Leaves the checks to the TrainConfig that is made of this, whose errors reach `main`."""

@@ -1,6 +1,7 @@
-"""Methods by name, and the front door `prune`."""
+"""Methods by name, and the front doors `prune` and `imp`."""
 
 from sapwood.methods.front import prunable, prune
-from sapwood.methods.table import LABELLED, METHODS, ON_INPUTS, configured, find
+from sapwood.methods.imp import imp
+from sapwood.methods.table import AFTER_TRAINING, LABELLED, METHODS, ON_INPUTS, configured, find
 
-__all__ = ["LABELLED", "METHODS", "ON_INPUTS", "configured", "find", "prunable", "prune"]
+__all__ = ["AFTER_TRAINING", "LABELLED", "METHODS", "ON_INPUTS", "configured", "find", "imp", "prunable", "prune"]

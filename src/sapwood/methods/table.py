@@ -56,6 +56,16 @@ ON_INPUTS = ("px",)
 """The methods that need batches, labelled or not; all further ones need an input's shape at most."""
 
 
+AFTER_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude-after": ("magnitude", {"retrain": "fine-tune"}),  # Han et al. 2015
+    "imp": ("magnitude", {"retrain": "rewind-weights", "rate": 0.2}),  # Frankle & Carbin 2019, Frankle et al. 2020
+    "lr-rewinding": ("magnitude", {"retrain": "rewind-lr", "rate": 0.2}),  # Renda et al. 2020
+}
+"""What trains the network before it prunes: the method that then scores, and how the rest is trained again.
+
+`sapwood.imp` does this with a training of your own, `sapwood compare` with Sapwood's.
+"""
+
 METHOD_FIELDS = tuple(field.name for field in dataclasses.fields(Method) if field.name != "criterion")
 """Fields of `Method`, in the order in which provenance names them."""
 
@@ -78,6 +88,11 @@ def find(method: str | Procedure | Criterion) -> tuple[str, Procedure]:
         return getattr(method, "__name__", type(method).__name__), Method(method)
     if ":" in method:
         return method, find(_imported(method))[1]
+    if method in AFTER_TRAINING:
+        raise ConfigError(
+            f"{method!r} trains the network before it prunes it: call sapwood.imp(model, train=...), or name it in "
+            "`sapwood compare --methods`."
+        )
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     return method, METHODS[method]

@@ -29,7 +29,7 @@ _FORMAT = "sapwood training checkpoint 1"
 class Epoch(TypedDict):
     """One row of the history: what an epoch cost and gave (losses: mean cross-entropy; accuracies: percent)."""
 
-    epoch: int  # counted from 1
+    epoch: int  # counted from 1, or from where training began in the schedule
     lr: float  # of the epoch's first step
     train_loss: float  # over the epoch, while the weights change
     train_accuracy: float
@@ -119,6 +119,16 @@ def intact(path: Path) -> bool:
     except DataError:
         return False
     return True
+
+
+def epochs_in(path: Path) -> int:
+    """The last epoch in a checkpoint.
+
+    Raises:
+        DataError: the file is damaged, or no checkpoint of this kind.
+    """
+    history: list[Epoch] = _read(path)["history"]
+    return history[-1]["epoch"] if history else 0
 
 
 def _load_tensors(state: State, content: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ class TrainConfig:
         precision: `float32`, or `bf16`/`fp16` for autocast (`fp16` scales the loss).
         channels_last: Whether convolution weights are laid out channels-last, which tensor cores prefer.
         seed: Of the data order, the augmentation and dropout.
+        start_epoch: Where in the schedule training begins: `epochs` - `start_epoch` epochs are trained, at the learning
+            rates that the last ones of `epochs` have (rewinding). The data order begins anew.
     """
 
     epochs: int = 160
@@ -45,6 +47,7 @@ class TrainConfig:
     precision: str = "float32"
     channels_last: bool = False
     seed: int = 0
+    start_epoch: int = 0
 
     def __post_init__(self) -> None:
         """Refuses values that could not have been meant.
@@ -58,13 +61,14 @@ class TrainConfig:
             raise unknown_name("precision", self.precision, PRECISIONS)
         for name in ("epochs", "batch_size"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_epochs", "weight_decay", "momentum", "seed"):
+        for name in ("warmup_epochs", "weight_decay", "momentum", "seed", "start_epoch"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         _require(self, "lr", self.lr > 0, "above 0")
         _require(self, "gamma", self.gamma > 0, "above 0")
         _require(self, "validation", 0 <= self.validation < 1, "in [0, 1)")
         _require(self, "nesterov", not self.nesterov or self.momentum > 0, "False where momentum is 0")
         _require(self, "warmup_epochs", self.warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
+        _require(self, "start_epoch", self.start_epoch < self.epochs, f"below epochs ({self.epochs})")
         if self.schedule == "one-cycle":
             _require(self, "warmup_epochs", self.warmup_epochs == 0, "0 with schedule 'one-cycle', which has its own")
         if self.schedule == "step":
@@ -73,8 +77,13 @@ class TrainConfig:
 
 
 def differences(saved: dict[str, object], config: TrainConfig) -> list[str]:
-    """Lists `field: saved -> now` for every setting that `saved` (from `dataclasses.asdict`) has otherwise."""
-    pairs = [(field.name, saved.get(field.name), getattr(config, field.name)) for field in fields(config)]
+    """Lists `field: saved -> now` for every setting that `saved` (from `dataclasses.asdict`) has otherwise.
+
+    What an older file lacks had its default.
+    """
+    pairs = [
+        (field.name, saved.get(field.name, field.default), getattr(config, field.name)) for field in fields(config)
+    ]
     return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
 
 

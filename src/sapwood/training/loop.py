@@ -118,8 +118,8 @@ def train(
         if checkpoint is not None and checkpoint.exists():
             checkpoints.restore(checkpoint, state, config, masks)
         attachment = None if masks is None else attach(masks, model, state.optimizer)
-        while len(state.history) < config.epochs and not (state.history and _diverged(state)):
-            row = _epoch(state, data, config.seed)
+        while _last_epoch(state, config) < config.epochs and not (state.history and _diverged(state)):
+            row = _epoch(state, data, config)
             state.history.append(row)
             if checkpoint is not None and (row["epoch"] % checkpoint_every == 0 or row["epoch"] == config.epochs):
                 checkpoints.save(checkpoint, state, config, masks)
@@ -147,17 +147,23 @@ def _begin(model: nn.Module, data: TrainingData, config: TrainConfig, fabric: Fa
     wrapped = fabric.setup_optimizers(optimizer)
     assert not isinstance(wrapped, tuple)  # which it is for several optimizers
     schedule = build_schedule(optimizer, config, steps)
+    for _ in range(config.start_epoch * steps):
+        schedule.step()
     # A Fabric that served another run comes with the loss scale of that run.
     fresh = torch.amp.GradScaler(fabric.device.type, enabled=config.precision == "fp16")
     fabric.strategy.precision.load_state_dict(fresh.state_dict())
     return State(fabric, model, forward, optimizer, wrapped.step, schedule, generator)
 
 
-def _epoch(state: State, data: TrainingData, seed: int) -> Epoch:
+def _last_epoch(state: State, config: TrainConfig) -> int:
+    return config.start_epoch + len(state.history)
+
+
+def _epoch(state: State, data: TrainingData, config: TrainConfig) -> Epoch:
     start = time.perf_counter()
     lr = state.schedule.get_last_lr()[0]
-    epoch = len(state.history) + 1
-    _seed_dropout(seed, epoch, state.fabric.global_rank)
+    epoch = _last_epoch(state, config) + 1
+    _seed_dropout(config.seed, epoch, state.fabric.global_rank)
     loss, accuracy, images = _train_epoch(state, data.train_batches(state.generator))
     share_buffers(state.model, state.fabric)
     training_seconds = time.perf_counter() - start
