@@ -178,6 +178,20 @@ def test_ray_runs_ask_for_their_share_of_a_gpu(monkeypatch):
         engine._gpus("cuda:0", EngineConfig("ray"))
 
 
+@pytest.mark.parametrize("error", [ConnectionError, Exception])
+def test_ray_that_does_not_start_is_one_sentence(monkeypatch, error):
+    pytest.importorskip("ray", reason="the extra 'cluster' is not installed")
+    engine = importlib.import_module("sapwood.experiments.engines.ray")
+
+    def init(**_):
+        raise error("The node timed out.\nAnd more of it.")
+
+    monkeypatch.setattr(engine.ray, "init", init)
+    monkeypatch.setattr(engine.ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"no Ray cluster at address 'auto' \(The node timed out.\); start one"):
+        list(engine.outcomes([Job(RANDOM, Path("nowhere"), CPU)], EngineConfig("ray", "auto")))
+
+
 def seen_gpus(job):
     """In place of a run: which GPUs Ray shows to it, and when it was there."""
     begin = time.time()

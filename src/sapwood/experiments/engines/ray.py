@@ -45,10 +45,11 @@ def _cluster(address: str) -> Iterator[None]:
         own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # which is all that Ray calls it where a node is slow to start
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
-                f"There is no Ray cluster at address {address!r} ({error}); start one with `ray start --head`, or take "
-                "--address local."
+                f"There is no Ray cluster at address {address!r} ({reason}); start one with `ray start --head`, or "
+                "take --address local."
             ) from error
     try:
         yield
