@@ -35,6 +35,7 @@ def write_report(
         The path of the page.
     """
     summary = summarise(outcomes)
+    retrained = any(outcome.config.retrain for outcome in outcomes)
     published = _published(expected or {}, summary)
     drawn = draw(outcomes, summary, out, published)
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def write_report(
         "outcome": outcomes[0],
         "summary": summary,
         "published": published,
-        "sentence": sentence(summary),
+        "sentence": sentence(summary, "" if retrained else " before training"),
         "figures": {name: figures.inline(figure, name) for name, figure in drawn.items()},
         "left": tables.left(outcomes, summary),
         "costs": tables.costs(outcomes, summary),
@@ -53,6 +54,7 @@ def write_report(
         "setup": tables.setup(outcomes, summary),
         "on_gpu": any(result.environment.get("device") != "cpu" for _, result in finished(outcomes)),
         "shuffled": [method for method in summary.methods if looks.subject_of(method) != method],
+        "retrained": retrained,
         "command": command,
     }
     environment = _environment()
@@ -61,7 +63,7 @@ def write_report(
     return out / REPORT
 
 
-def sentence(summary: Summary) -> str:
+def sentence(summary: Summary, when: str = " before training") -> str:
     """The result in one sentence: the best method at the highest sparsity, its equals, and the dense model."""
     top = summary.sparsities[-1]
     best = summary.best(top)
@@ -69,7 +71,7 @@ def sentence(summary: Summary) -> str:
         return f"No run at {100 * top:g} % sparsity gave a result."
     cell = summary.cells[best][top]
     tied = [method for method in summary.methods if summary.cells[method][top].tied]
-    text = f"With {100 * top:g} % of the weights removed before training, {best} reaches {cell} % test accuracy"
+    text = f"With {100 * top:g} % of the weights removed{when}, {best} reaches {cell} % test accuracy"
     if summary.dense.n:
         text += f" (the dense model: {summary.dense} %)"
     others = len(summary.methods) - 1

@@ -45,6 +45,8 @@ class RunResult:
         effective: Kept weights on a path from an input to an output; None where that cannot be told.
         init_hash: Of the initial weights.
         order_hash: Of the first training batch.
+        prior_epochs: Epochs trained before this pruning, over the dense network and earlier levels.
+        prior_seconds: Wall time of those trainings and of the prunings between them, whoever did them.
 
     Fields with defaults came later: results without them are still read.
     """
@@ -64,6 +66,8 @@ class RunResult:
     effective: int | None = None
     init_hash: str = ""
     order_hash: str = ""
+    prior_epochs: int = 0
+    prior_seconds: float = 0.0
 
     @property
     def kept(self) -> int:
@@ -167,7 +171,7 @@ def _enter(folder: Path, config: RunConfig) -> None:
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:
     try:
-        found = RunConfig("", "").to_json() | _read_config(folder / CONFIG)  # an older file lacks the newer fields
+        found = _complete(_read_config(folder / CONFIG))
     except ValueError as error:
         if folder.name == config.id:  # the folder's name says which run it is
             return
@@ -178,6 +182,13 @@ def _refuse_other_run(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{folder} holds another run, which differs in {', '.join(changed)}; choose another folder, or delete it."
         )
+
+
+def _complete(found: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of newer fields, which an older file lacks."""
+    default = RunConfig("", "").to_json()
+    train = found.get("train", {})
+    return {**default, **found, "train": {**default["train"], **train} if isinstance(train, dict) else train}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
