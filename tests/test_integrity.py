@@ -33,7 +33,7 @@ def stop(row):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(RANDOM, folder, CPU, save_weights=True)
+    return folder, run(RANDOM, folder, CPU, keep={RANDOM.train.epochs})
 
 
 @pytest.fixture(scope="module")

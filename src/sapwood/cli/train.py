@@ -82,7 +82,8 @@ class Train:
             def show(row: Epoch) -> None:
                 bar.update(task, completed=row["epoch"], last=f"test accuracy {row['test_accuracy']:.2f} %")
 
-            return run(config, self.out, self.place, masks=masks, save_weights=True, on_epoch=show, fabric=fabric)
+            keep = {config.train.epochs}
+            return run(config, self.out, self.place, masks=masks, keep=keep, on_epoch=show, fabric=fabric)
 
     def _tell(self, result: RunResult) -> None:
         if result.diverged:

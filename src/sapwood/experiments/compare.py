@@ -8,11 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 from sapwood.errors import SapwoodError
-from sapwood.experiments import engines, store, trackers
+from sapwood.experiments import engines, levels, trackers
 from sapwood.experiments.config import Place, RunConfig
 from sapwood.experiments.engines import Engine, EngineConfig
 from sapwood.experiments.job import Job, Outcome
 from sapwood.experiments.material import create_model, load_data
+from sapwood.experiments.run import finished
 
 __all__ = ["Outcome", "compare", "run_folder"]
 
@@ -50,11 +51,14 @@ def compare(
     if tracker is not None:
         trackers.find(tracker)
     outcomes: dict[str, Outcome] = {}
+    kept = levels.kept_weights(configs)
     for config in configs:
-        if (result := store.finished(run_folder(out, config), config)) is not None:
+        if (result := finished(config, run_folder(out, config), kept.get(config.id, ()))) is not None:
             outcomes[config.id] = Outcome(config, result)
             on_run(outcomes[config.id], False)
-    jobs = [Job(c, run_folder(out, c), place, tracker) for c in configs if c.id not in outcomes]
+    jobs = [
+        Job(c, run_folder(out, c), place, tracker, keep=kept.get(c.id, ())) for c in configs if c.id not in outcomes
+    ]
     if jobs:
         # Fails here and once, rather than in every run; a download happens once, too.
         first = jobs[0].config

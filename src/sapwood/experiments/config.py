@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sapwood.masks import Masks
+from sapwood.methods import AFTER_TRAINING
 from sapwood.training import TrainConfig
 
 DENSE = "dense"
@@ -24,6 +25,7 @@ CONTROLS = {
 """Sanity checks of a method's masks (Frankle et al. 2021). Random masks with a method's layer densities are no fifth:
 a shuffle is uniform among the masks with these counts, whatever it shuffles."""
 SAME_LAYERS = ("shuffle", "shuffle-taps", "reinit")  # the layer densities are the method's
+RETRAINING = ("fine-tune", "rewind-weights", "rewind-lr")
 # Apart, because NTK-SAP's first fresh weights would be the initial ones if both came from one seed.
 INIT_SEED, ORDER_SEED, CONTROL_SEED = 10_000, 20_000, 30_000
 
@@ -47,6 +49,12 @@ class RunConfig:
             scores in every round; "" does none of it.
         seed: Of the masks; initial weights and data order have seeds that follow from it.
         train: How it is trained.
+        retrain: "" prunes before training. Otherwise the dense network is trained first, as `train` says, and pruned
+            then, and the rest is trained again: "fine-tune" at the last learning rate (Han et al. 2015),
+            "rewind-weights" from the weights and learning rate of an early epoch (Frankle et al. 2020), "rewind-lr"
+            from the trained weights with the learning rate of an early epoch (Renda et al. 2020).
+        rewind_epoch: That epoch; 0 is the beginning.
+        rate: Share of the remaining weights that a level of training and pruning removes; None: all in one level.
     """
 
     data: str
@@ -61,11 +69,15 @@ class RunConfig:
     control: str = ""
     seed: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
+    retrain: str = ""
+    rewind_epoch: int = 0
+    rate: float | None = None
 
     @property
     def label(self) -> str:
         """What tables and figures call it: the method and what is particular about it, as `ntk-sap@rounds=5`."""
-        return label_of(self.method, self.fields, self.control)
+        retraining = {"retrain": self.retrain, "rewind_epoch": self.rewind_epoch, "rate": self.rate}
+        return label_of(self.method, self.fields, self.control, retraining)
 
     @property
     def id(self) -> str:
@@ -103,11 +115,21 @@ class Place:
     offline: bool = False
 
 
-def label_of(method: str, fields: Mapping[str, Any], control: str) -> str:
-    """`ntk-sap@rounds=5,control=shuffle`, fields in alphabetical order."""
-    particulars = {**dict(sorted(fields.items())), **({"control": control} if control else {})}
+def label_of(method: str, fields: Mapping[str, Any], control: str, retraining: Mapping[str, Any] | None = None) -> str:
+    """`ntk-sap@rounds=5,control=shuffle`, fields in alphabetical order; `imp@rewind_epoch=2` after training."""
+    method, retrained = _retrained(method, {k: v for k, v in (retraining or {}).items() if v not in ("", 0, None)})
+    particulars = {**dict(sorted(fields.items())), **retrained, **({"control": control} if control else {})}
     text = ",".join(f"{key}={_plain(value)}" for key, value in particulars.items())
     return f"{method}@{text}" if text else method
+
+
+def _retrained(method: str, retraining: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name that a method has where it prunes after training, and what differs from that name's defaults."""
+    for name, (scored_by, usual) in AFTER_TRAINING.items():
+        alike = method == scored_by and retraining.get("retrain") == usual["retrain"]
+        if alike and ("rate" in retraining) == ("rate" in usual):
+            return name, {key: value for key, value in retraining.items() if usual.get(key) != value}
+    return method, retraining
 
 
 def _plain(value: Any) -> str:

@@ -7,40 +7,56 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.experiments.config import CONTROLS
-from sapwood.methods import configured, find
+from sapwood.methods import AFTER_TRAINING, configured, find
 from sapwood.methods.table import settings
 
+RETRAIN_FIELDS: dict[str, Any] = {"retrain": str, "rewind_epoch": int, "rate": float}
 COMMA = re.compile(r",(?!\w+=)")  # one that does not stand inside a method's variant
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, the fields in which it differs from the method table, and the control that it undergoes, if any."""
+    """A method, the fields in which it differs from the method table, and the control that it undergoes, if any.
+
+    `retraining` has the fields of the run for pruning after training.
+    """
 
     method: str
     fields: dict[str, Any]
     control: str
+    retraining: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_variant(text: str) -> Variant:
-    """Reads METHOD, or METHOD@FIELD=VALUE,..., where the field `control` is the run's and not the method's.
+    """Reads METHOD, or METHOD@FIELD=VALUE,...
+
+    The fields `control`, `retrain`, `rewind_epoch` and `rate` are the run's and not the method's, and METHOD may be one
+    that prunes after training, which stands for another with such fields.
 
     Raises:
         ConfigError: the method, a field or the control does not exist, or a value is illegal.
     """
     method, _, rest = text.partition("@")
     entries = rest.split(",") if rest else []
+    method, usual = AFTER_TRAINING.get(method, (method, {}))
+    retraining = {**usual, **_retraining(entries)}
+    entries = [entry for entry in entries if entry.partition("=")[0] not in RETRAIN_FIELDS]
     controls = [entry.removeprefix("control=") for entry in entries if entry.startswith("control=")]
     for control in controls:
         if control not in CONTROLS:
             raise unknown_name("control", control, CONTROLS)
     own = [entry for entry in entries if not entry.startswith("control=")]
-    return Variant(method, parse_fields(method, own), controls[-1] if controls else "")
+    return Variant(method, parse_fields(method, own), controls[-1] if controls else "", retraining)
+
+
+def _retraining(entries: Iterable[str]) -> dict[str, Any]:
+    pairs = [assignment(entry, "retrain=rewind-lr") for entry in entries]
+    return {key: value(key, text, RETRAIN_FIELDS[key]) for key, text in pairs if key in RETRAIN_FIELDS}
 
 
 def parse_fields(method: str, entries: Iterable[str]) -> dict[str, Any]:

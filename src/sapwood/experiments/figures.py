@@ -78,7 +78,7 @@ def accuracy(summary: Summary, published: Published) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks([1 - s for s in summary.sparsities], [f"{100 * s:g}" for s in summary.sparsities])
         axes.invert_xaxis()
-        axes.set_xlabel("sparsity: weights removed before training, %")
+        axes.set_xlabel("sparsity: weights removed, %")
         axes.set_ylabel("test accuracy, %")
         _legend(figure)
     return figure

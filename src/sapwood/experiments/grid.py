@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sapwood.allocation import target_density
 from sapwood.errors import ConfigError
+from sapwood.experiments import levels
 from sapwood.experiments.config import DENSE, RunConfig, seeded
 from sapwood.experiments.fields import parse_variant
 from sapwood.training import TrainConfig
@@ -22,7 +23,9 @@ class Grid:
         model: Model.
         methods: Pruning methods, some perhaps with fields that differ from the method table, as
             ntk-sap@rounds=5,epsilon=1e-6, or a control (shuffle, shuffle-taps, reinit, invert), as
-            ntk-sap@control=shuffle.
+            ntk-sap@control=shuffle. imp, lr-rewinding and magnitude-after
+            prune after training; so does any method with a way of retraining, as snip@retrain=fine-tune (or
+            rewind-weights, rewind-lr).
         sparsities: Shares of the prunable weights to remove, each in [0, 1).
         seeds: One run each. A seed gives all methods the same initial weights and the same data order.
         resolution: Pixels that images are brought to; the default keeps theirs.
@@ -50,7 +53,7 @@ class Grid:
         variants = [parse_variant(method) for method in self.methods]
         dense = RunConfig(self.data, self.model, resolution=self.resolution)
         plain = [dataclasses.replace(dense, seed=seed, train=seeded(train, seed)) for seed in self.seeds]
-        return plain + [
+        pruned = [
             dataclasses.replace(
                 run,
                 method=variant.method,
@@ -59,9 +62,13 @@ class Grid:
                 control=variant.control,
                 per_class=self.per_class,
                 min_per_layer=self.min_per_layer,
+                **variant.retraining,
             )
             for variant, sparsity, run in itertools.product(variants, self.sparsities, plain)
         ]
+        for run in pruned:
+            levels.check(run)
+        return plain + pruned
 
     def _check_lists(self) -> None:
         for name in ("methods", "sparsities", "seeds"):

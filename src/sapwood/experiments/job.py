@@ -30,6 +30,7 @@ class Job:
         tracker: Where the metrics go besides the folder; None: nowhere.
         threads: Threads of torch's CPU kernels; None leaves them.
         wait: Whether to wait for a process that is at the same run, rather than to come back busy.
+        keep: Epochs after which its weights are kept, for runs that begin from them.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class Job:
     tracker: str | None = None
     threads: int | None = None
     wait: bool = False
+    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def attempt(job: Job) -> Outcome:
     try:
         with warnings.catch_warnings(), tracked(job.tracker, job.config, job.folder) as on_epoch:
             warnings.simplefilter("ignore", SapwoodWarning)  # collapsed layers are in the result
-            return Outcome(job.config, run(job.config, job.folder, job.place, on_epoch=on_epoch, wait=job.wait))
+            return Outcome(
+                job.config, run(job.config, job.folder, job.place, keep=job.keep, on_epoch=on_epoch, wait=job.wait)
+            )
     except RunBusyError as error:
         return Outcome(job.config, None, str(error), busy=True)
     except Exception as error:  # somebody's model or method may raise anything

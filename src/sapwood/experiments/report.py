@@ -36,6 +36,7 @@ def write_report(
         The path of the page.
     """
     summary = summarise(outcomes)
+    retrained = any(outcome.config.retrain for outcome in outcomes)
     published = _published(expected or {}, summary)
     drawn = draw(outcomes, summary, out, published)
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def write_report(
         "outcome": outcomes[0],
         "summary": summary,
         "published": published,
-        "sentence": sentence(summary),
+        "sentence": sentence(summary, "" if retrained else " before training"),
         "figures": {name: figures.inline(figure, name) for name, figure in drawn.items()},
         "differences": differences(summary),
         "left": tables.left(outcomes, summary),
@@ -56,6 +57,7 @@ def write_report(
         "on_gpu": any(result.environment.get("device") != "cpu" for _, result in finished(outcomes)),
         "controls": {name: about for name, about in CONTROLS.items() if name in map(looks.control_of, summary.methods)},
         "same_layers": [method for method in summary.methods if looks.control_of(method) in SAME_LAYERS],
+        "retrained": retrained,
         "command": command,
     }
     environment = _environment()
@@ -64,7 +66,7 @@ def write_report(
     return out / REPORT
 
 
-def sentence(summary: Summary) -> str:
+def sentence(summary: Summary, when: str = " before training") -> str:
     """The result in one sentence: the best method at the highest sparsity, its equals, and the dense model."""
     top = summary.sparsities[-1]
     best = summary.best(top)
@@ -72,7 +74,7 @@ def sentence(summary: Summary) -> str:
         return f"No run at {100 * top:g} % sparsity gave a result."
     cell = summary.cells[best][top]
     tied = [method for method in summary.methods if summary.cells[method][top].tied]
-    text = f"With {100 * top:g} % of the weights removed before training, {best} reaches {cell} % test accuracy"
+    text = f"With {100 * top:g} % of the weights removed{when}, {best} reaches {cell} % test accuracy"
     if summary.dense.n:
         text += f" (the dense model: {summary.dense} %)"
     others = len(summary.methods) - 1

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_model
 from torch import nn
 
-from sapwood.data import Dataset, pruning_batches
 from sapwood.diagnosis import effective
-from sapwood.errors import ConfigError, MaskError, SapwoodError
-from sapwood.experiments import cost, store
+from sapwood.errors import ConfigError, SapwoodError
+from sapwood.experiments import cost, levels, store, weights
 from sapwood.experiments.config import CONTROL_SEED, DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
 from sapwood.experiments.fairness import order_hash, weights_hash
 from sapwood.experiments.material import Split, create_model, load_data
-from sapwood.experiments.search import Subject, needs_batches, search
+from sapwood.experiments.stages import pruned, trained
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.together import first, gathered
 from sapwood.masks import Masks
 from sapwood.methods import prunable
-from sapwood.training import Epoch, TrainResult, intact, train
+from sapwood.training import Epoch, TrainResult
 
 if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
@@ -38,7 +35,7 @@ def run(
     place: Place,
     *,
     masks: Masks | None = None,
-    save_weights: bool = False,
+    keep: Collection[int] = (),
     on_epoch: Callable[[Epoch], None] | None = None,
     wait: bool = True,
     fabric: Fabric | None = None,
@@ -47,10 +44,10 @@ def run(
 
     Args:
         config: What to do.
-        folder: Where the files go; see `store`.
+        folder: Where the files go; see `store`. What a run that prunes after training begins from is run beside it.
         place: Device and data.
         masks: Masks from a file, instead of pruning.
-        save_weights: Also write the trained weights.
+        keep: Epochs after which weights are written, the last one among them where the trained weights are wanted.
         on_epoch: Called after every epoch.
         wait: Whether to wait for another process that is at the same run, and take its result.
         fabric: The processes that train together, all of which call this with the same arguments, in place of
@@ -60,33 +57,42 @@ def run(
         RunBusyError: another process is at this run, and `wait` is False.
         SapwoodError: what the method, the model, the data or the folder refuses.
     """
+    levels.check(config)
     dataset = load_data(config.data, config.resolution, place)
     device = device_of(place.device) if fabric is None else fabric.device
-    model = create_model(config.model, dataset, config.seed)
+    fresh = functools.partial(create_model, config.model, dataset, config.seed)
+    model = fresh()
     if masks is not None:
         masks.check(dict(model.named_parameters()))
     elif fabric is not None and config.method != DENSE:
         raise ConfigError(f"{fabric.world_size} processes train under masks that are there: prune first.")
     where = environment(device, fabric)
     with ExitStack() as stack:
-        done = first(fabric, lambda: _begun(stack, config, folder, where, wait))
+        done = first(fabric, lambda: _begun(stack, config, folder, where, wait, keep))
         if done is not None:
             return done
-        model.to(device)
-        if masks is None and config.method != DENSE:
-            masks = _pruned(config, model, dataset, folder)
-        if config.control == "reinit":
-            model = create_model(config.model, dataset, config.seed + CONTROL_SEED).to(device)
         initial = weights_hash(model)
+        model.to(device)
+        before = levels.Earlier(None, 0, 0.0, config.train.lr)
+        if config.retrain:
+            before = levels.run_before(config, folder.parent, functools.partial(run, place=place, wait=wait), model)
+        if masks is None and config.method != DENSE:
+            masks = pruned(config, model, dataset, folder, before.masks)
+        levels.rewind(config, folder.parent, model, fresh)
+        if config.control == "reinit":
+            model = create_model(config.model, dataset, config.seed + CONTROL_SEED)
+            initial = weights_hash(model)
+            model.to(device)
         split = Split.of(dataset, config.train, device)
         cost.reset_peak(device)
-        result = _trained(config, model, split, masks, folder, on_epoch, fabric)
+        training = levels.schedule(config, before.lr)
+        result = trained(training, model, split, masks, folder, keep=keep, on_epoch=on_epoch, fabric=fabric)
         if fabric is not None:
-            model = gathered(model, fabric, lambda: create_model(config.model, dataset, config.seed))
+            model = gathered(model, fabric, fresh)
 
         def written() -> RunResult:
-            if save_weights:
-                _save_weights(model, folder)
+            if config.train.epochs in keep or config.rate is not None:  # further levels may be asked for later
+                weights.save(model, folder / store.WEIGHTS)
             summary = dataclasses.replace(
                 _summary(model, masks, result, split),
                 environment=where,
@@ -94,6 +100,8 @@ def run(
                 order_hash=order_hash(split, config.train.seed),
                 settings={} if masks is None else masks.provenance.get("fields", {}),
                 files=store.digests(folder),
+                prior_epochs=before.epochs,
+                prior_seconds=before.seconds,
             )
             store.write_result(folder, summary)
             (folder / store.CHECKPOINT).unlink(missing_ok=True)
@@ -102,81 +110,23 @@ def run(
         return first(fabric, written)
 
 
-def _begun(stack: ExitStack, config: RunConfig, folder: Path, where: Mapping[str, str], wait: bool) -> RunResult | None:
+def finished(config: RunConfig, folder: Path, keep: Collection[int] = ()) -> RunResult | None:
+    """The result of a run if it is done and its files are whole, the weights after the epochs `keep` among them."""
+    done = store.finished(folder, config)
+    whole = done is not None and (done.diverged or weights.all_there(folder, keep, config.train.epochs))
+    return done if whole else None
+
+
+def _begun(
+    stack: ExitStack, config: RunConfig, folder: Path, where: Mapping[str, str], wait: bool, keep: Collection[int]
+) -> RunResult | None:
     """Locks the folder until the stack unwinds; returns the result if there is one."""
     stack.enter_context(store.opened(folder, config, wait=wait))
-    if (done := store.finished(folder, config)) is not None:
+    if (done := finished(config, folder, keep)) is not None:
         return done
     (folder / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
     store.write_json(folder / store.ENVIRONMENT, where)
     return None
-
-
-def _pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path) -> Masks:
-    path = folder / store.MASKS
-    if path.exists():
-        try:
-            masks = Masks.load(path)
-            masks.check(dict(model.named_parameters()))
-            return masks
-        except (MaskError, ValueError):  # damaged since: the same masks are found again
-            path.unlink()
-    (folder / store.CHECKPOINT).unlink(missing_ok=True)  # it belongs to masks that are no more
-    batches = None
-    if needs_batches(config.method, config.fields):
-        batches = pruning_batches(dataset, per_class=config.per_class, seed=config.seed)
-    result = search(
-        Subject(model, dataset.input_shape, batches),
-        method=config.method,
-        density=config.density,
-        seed=config.seed,
-        min_per_layer=config.min_per_layer,
-        **_fields(config),
-    )
-    masks = result.masks
-    if config.control in ("shuffle", "shuffle-taps"):
-        generator = torch.Generator().manual_seed(config.seed + CONTROL_SEED)
-        masks = masks.shuffled(generator, taps=config.control == "shuffle-taps")
-    masks.save(path)
-    return masks
-
-
-def _fields(config: RunConfig) -> dict[str, Any]:
-    """The method's fields; the control turns its ranking around, one that is turned around already included."""
-    if config.control != "invert":
-        return dict(config.fields)
-    return {**config.fields, "invert": not config.fields.get("invert", False)}
-
-
-def _trained(
-    config: RunConfig,
-    model: nn.Module,
-    split: Split,
-    masks: Masks | None,
-    folder: Path,
-    on_epoch: Callable[[Epoch], None] | None,
-    fabric: Fabric | None,
-) -> TrainResult:
-    rows: list[Epoch] = []
-
-    def report(row: Epoch) -> None:
-        rows.append(row)
-        store.write_rows(folder / store.METRICS, rows)
-        if on_epoch is not None:
-            on_epoch(row)
-
-    checkpoint = folder / store.CHECKPOINT
-    device = split.device if fabric is None else fabric
-    first(fabric, lambda: _drop_damaged(checkpoint))
-    result = train(model, split, config.train, masks=masks, device=device, checkpoint=checkpoint, on_epoch=report)
-    first(fabric, lambda: store.write_rows(folder / store.METRICS, result.history))  # with those before an interruption
-    return result
-
-
-def _drop_damaged(checkpoint: Path) -> None:
-    """Without it the same training begins again."""
-    if checkpoint.exists() and not intact(checkpoint):
-        checkpoint.unlink()
 
 
 def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, split: Split) -> RunResult:
@@ -204,9 +154,3 @@ def _effective(model: nn.Module, masks: Masks, input_shape: tuple[int, ...]) -> 
         return effective(model, masks, input_shape=input_shape).kept
     except SapwoodError:  # a model that a positive flow cannot be run through was trained all the same
         return None
-
-
-def _save_weights(model: nn.Module, folder: Path) -> None:
-    half_written = folder / f".{store.WEIGHTS}.tmp"
-    save_model(model, str(half_written))
-    os.replace(half_written, folder / store.WEIGHTS)

@@ -48,6 +48,8 @@ class RunResult:
         order_hash: Of the first training batch.
         settings: The method's fields, those of the method table included.
         files: SHA-256 of the metrics, masks and weights beside the result, by file name.
+        prior_epochs: Epochs trained before this pruning, over the dense network and earlier levels.
+        prior_seconds: Wall time of those trainings and of the prunings between them, whoever did them.
 
     Fields with defaults came later: results without them are still read.
     """
@@ -69,6 +71,8 @@ class RunResult:
     order_hash: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    prior_epochs: int = 0
+    prior_seconds: float = 0.0
 
     @property
     def kept(self) -> int:
@@ -147,7 +151,7 @@ def finished(folder: Path, config: RunConfig) -> RunResult | None:
 
 def digests(folder: Path) -> dict[str, str]:
     """For a result: the checksums of the files beside it that have none of their own."""
-    return integrity.digests(folder, (METRICS, MASKS, WEIGHTS))
+    return integrity.digests(folder, (METRICS, *sorted(path.name for path in folder.glob("*.safetensors"))))
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -203,6 +207,13 @@ def _refuse_other_run(folder: Path, config: RunConfig) -> None:
 
 def _differences(found: Mapping[str, Any], config: RunConfig) -> list[str]:
     """The settings in which a config that was read differs; an older file lacks the newer ones."""
-    found = json.loads(json.dumps({**RunConfig("", "").to_json(), **found}))
+    found = json.loads(json.dumps(_complete(found)))
     wanted = json.loads(json.dumps(config.to_json()))
     return [key for key in {**wanted, **found} if key not in wanted or found[key] != wanted[key]]
+
+
+def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
+    """With the defaults of newer fields, which an older file lacks."""
+    default = RunConfig("", "").to_json()
+    train = found.get("train", {})
+    return {**default, **found, "train": {**default["train"], **train} if isinstance(train, dict) else train}

@@ -129,6 +129,8 @@ def _row(outcome: Outcome) -> dict[str, object]:
         "collapsed": " ".join(result.collapsed),
         "diverged": result.diverged,
         "epochs": result.epochs,
+        "prior_epochs": result.prior_epochs,
+        "prior_seconds": result.prior_seconds,
         "prune_seconds": result.prune_seconds,
         "train_seconds": result.train_seconds,
         "prune_memory": result.prune_memory,

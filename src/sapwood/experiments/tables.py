@@ -40,11 +40,17 @@ def left(outcomes: Sequence[Outcome], summary: Summary) -> dict[str, dict[float,
 
 @dataclass(frozen=True)
 class Cost:
-    """What the runs of a method cost on average; seconds, bytes, None where unknown."""
+    """What the runs of a method cost on average; seconds, bytes, None where unknown.
+
+    `epochs` are all that were trained up to the network, those of the dense one and of earlier levels included;
+    `prior_seconds` is the time before the last pruning.
+    """
 
     n: int
     prune_seconds: float | None
     prune_memory: float | None
+    epochs: float | None
+    prior_seconds: float | None
     train_seconds: float | None
     train_memory: float | None
 
@@ -57,6 +63,8 @@ def costs(outcomes: Sequence[Outcome], summary: Summary) -> dict[str, Cost]:
             len(results),
             None if method == DENSE else _mean(results, lambda r: r.prune_seconds),
             _mean(results, lambda r: r.prune_memory),
+            _mean(results, lambda r: r.epochs + r.prior_epochs),
+            _mean(results, lambda r: r.prior_seconds or None),
             _mean(results, lambda r: r.train_seconds),
             _mean(results, lambda r: r.train_memory),
         )
@@ -92,7 +100,9 @@ def _name(outcome: Outcome, what: str = "") -> str:
 def setup(outcomes: Sequence[Outcome], summary: Summary) -> dict[str, str]:
     """The configuration, the seeds, the versions and the hardware, as text by name."""
     config, results = outcomes[0].config, _results(outcomes)
-    train = {key: value for key, value in dataclasses.asdict(config.train).items() if key != "seed"}
+    train = {
+        key: value for key, value in dataclasses.asdict(config.train).items() if key not in ("seed", "start_epoch")
+    }
     if train["schedule"] != "step":
         train = {key: value for key, value in train.items() if key not in ("milestones", "gamma")}
     seeds = sorted({outcome.config.seed for outcome in outcomes})

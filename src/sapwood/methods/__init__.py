@@ -1,7 +1,18 @@
 """Methods by name, and the front doors `prune` and `imp`."""
 
 from sapwood.methods.front import prunable, prune
-from sapwood.methods.imp import imp
+from sapwood.methods.imp import imp, level_densities
 from sapwood.methods.table import AFTER_TRAINING, LABELLED, METHODS, ON_INPUTS, configured, find
 
-__all__ = ["AFTER_TRAINING", "LABELLED", "METHODS", "ON_INPUTS", "configured", "find", "imp", "prunable", "prune"]
+__all__ = [
+    "AFTER_TRAINING",
+    "LABELLED",
+    "METHODS",
+    "ON_INPUTS",
+    "configured",
+    "find",
+    "imp",
+    "level_densities",
+    "prunable",
+    "prune",
+]

@@ -77,4 +77,4 @@ def table(
 def label(method: str) -> str:
     """The label that an entry of `Grid.methods` gets in tables and figures."""
     variant = parse_variant(method)
-    return label_of(variant.method, variant.fields, variant.control)
+    return label_of(variant.method, variant.fields, variant.control, variant.retraining)
