@@ -15,7 +15,7 @@ from sapwood import Masks, prune
 from sapwood.data import load, pruning_batches
 from sapwood.errors import ConfigError, SapwoodError
 from sapwood.experiments import levels, store, tables
-from sapwood.experiments import run as running
+from sapwood.experiments import stages as running
 from sapwood.experiments.compare import compare, run_folder
 from sapwood.experiments.config import ORDER_SEED, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
@@ -300,7 +300,7 @@ class TestResuming:
     def test_folders_from_before_there_was_retraining_are_read(self, tmp_path):
         go(DENSE, tmp_path)
         file = tmp_path / DENSE.id / "config.json"
-        old = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("retrain", "rewind_epoch", "rate")}
+        old = {k: v for k, v in json.loads(file.read_text()).items() if k not in NEWER}
         del old["train"]["start_epoch"]
         moved = (tmp_path / DENSE.id).rename(tmp_path / "by another name")
         (moved / "config.json").write_text(json.dumps(old))
@@ -310,6 +310,9 @@ class TestResuming:
         config = dataclasses.replace(FINE, train=dataclasses.replace(SHORT, lr=1e30))
         with pytest.raises(SapwoodError, match=r"The training before this pruning .* diverged"):
             go(config, tmp_path)
+
+
+NEWER = ("retrain", "rewind_epoch", "rate", "sha256")
 
 
 def whole_result(config, cache={}):  # noqa: B006  # once for all parameters of a test
