@@ -72,7 +72,7 @@ def planned(case: Case, text: str, extent: str) -> Plan:
     Args:
         case: Network and budget.
         text: The method.
-        extent: "whole", "part" (one mini-batch of the methods that have many), or "auto", a part where hours would pass.
+        extent: "whole", "part" (one mini-batch of the methods that have many), or "auto", a part where hours pass.
     """
     part = extent == "part" or (extent == "auto" and case.long)
     torch.manual_seed(0)
