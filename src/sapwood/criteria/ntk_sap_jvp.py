@@ -12,13 +12,13 @@ point has; second derivatives of ReLU, zero almost everywhere, are zero here.
 
 BatchNorm normalises with the mean and unbiased variance of the mini-batch, as constants, in the one pass there is.
 
-Cost: nine forward-equivalents a mini-batch (value 1, tangent 2, backward 6) against seven of NTK-SAP. The spread
-of a weight's score is 1.3 to 2.2 times lower on ResNet-20, and small mini-batches serve as well as large ones: at 64
-inputs in all the relative error of layer sums is 1.05 to 1.25 with one draw of weights, 0.15 to 0.18 with four. So the
-defaults draw 25 times 16 inputs. Below 16 inputs BatchNorm's statistics are biased in networks that end in maps of 2x2
-pixels.
+Cost: nine forward-equivalents a mini-batch (value 1, tangent 2, backward 6) against seven of NTK-SAP. The spread of a
+weight's score is 1.3 to 2.2 times lower on ResNet-20, and small mini-batches serve as well as large ones: at 64 inputs
+in all the relative error of layer sums is 1.05 to 1.25 with one draw of weights, 0.15 to 0.18 with four. So the
+defaults draw 20 times 16 inputs a round, which takes about the time of the published 5 x 100. Below 16 inputs
+BatchNorm's statistics are biased in networks that end in maps of 2x2 pixels.
 
-Defaults: 20 exponential rounds, resamples = 25, samples = batch_size = 16.
+Defaults: 20 exponential rounds, resamples = 20, samples = batch_size = 16.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class NtkSapJvp(MonteCarlo):
         UnsupportedModelError: an operation of the model has no forward-mode derivative in PyTorch.
     """
 
-    resamples: int = 25
+    resamples: int = 20
     samples: int = 16
     batch_size: int = 16
 

@@ -1,0 +1,176 @@
+"""One measurement in a process of its own: `python benchmarks/worker.py JSON` prints a line of JSON.
+
+A fresh process, because the peak of the resident memory cannot be told otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import published
+import torch
+from cases import CASES, Case
+from torch.utils.flop_counter import FlopCounterMode
+
+import sapwood
+from sapwood import models
+from sapwood.experiments.fields import parse_variant
+from sapwood.methods import LABELLED, METHODS, configured
+
+PUBLISHED, GEMM = "published", "gemm"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, and what share of a full search that is.
+
+    Attributes:
+        run: The measured call.
+        inputs: Inputs that it looks at; of `all_inputs` in a full search.
+        mini_batches: Mini-batches (of Monte-Carlo and labelled methods) or rounds (of others) that it runs; of
+            `all_mini_batches`.
+        unit: What they are called.
+    """
+
+    run: Callable[[], Any]
+    inputs: int
+    all_inputs: int
+    mini_batches: int
+    all_mini_batches: int
+    unit: str
+
+
+def main(text: str) -> None:
+    """Measures what the JSON says: {case, changes, method, threads, count, extent}."""
+    spec = json.loads(text)
+    torch.set_num_threads(spec["threads"])
+    if spec["method"] == GEMM:
+        print(json.dumps({"gemm_flops_a_second": gemm_rate()}))
+        return
+    plan = planned(changed(CASES[spec["case"]], spec["changes"]), spec["method"], spec["extent"])
+    _warm_up()
+    print(json.dumps(counted(plan) if spec["count"] else timed(plan)))
+
+
+def changed(case: Case, changes: dict[str, Any]) -> Case:
+    """The case with other fields; `settings` are added to its own."""
+    settings = {**case.settings, **changes.get("settings", {})}
+    return Case(**{**vars(case), **changes, "settings": settings})
+
+
+def planned(case: Case, text: str, extent: str) -> Plan:
+    """The search by a method, `NAME` or `NAME@FIELD=VALUE,...`, or one mini-batch of it.
+
+    Args:
+        case: Network and budget.
+        text: The method.
+        extent: "whole", "part" (one mini-batch of the methods that have many), or "auto", a part where hours pass.
+    """
+    part = extent == "part" or (extent == "auto" and case.long)
+    torch.manual_seed(0)
+    model = models.create(case.model, num_classes=case.num_classes, **case.settings)
+    if text == PUBLISHED:
+        return _published(case, model, part=part)
+    variant = parse_variant(text)
+    recipe = METHODS[variant.method]
+    draws = variant.method in ("ntk-sap", "ntk-sap-jvp")
+    fields = {**(case.budget if variant.method == "ntk-sap" else {}), **variant.fields}
+    if draws:
+        fields["batch_size"] = min(case.batch_size, fields.get("batch_size", recipe.criterion.batch_size))
+    recipe = configured(variant.method, recipe, fields)
+    options = {"method": variant.method, "density": case.density, "input_shape": case.input_shape, **fields}
+    if draws:
+        sizes = _sizes(recipe.criterion.samples, recipe.criterion.batch_size) * recipe.criterion.resamples
+        if part:
+            options |= {"rounds": 1, "resamples": 1, "samples": sizes[0]}
+        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part)
+    if variant.method in LABELLED:
+        sizes = _sizes(case.labelled, case.batch_size)
+        options |= {"batches": _labelled(case, sizes[:1] if part else sizes)} | ({"rounds": 1} if part else {})
+        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part)
+    return Plan(lambda: sapwood.prune(model, **options), 1, 1, recipe.rounds, recipe.rounds, "rounds")
+
+
+def timed(plan: Plan) -> dict[str, Any]:
+    """Wall and CPU seconds, and bytes at the peak and before."""
+    before = _resident("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
+    plan.run()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    measured = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": _resident("VmHWM"), "before_bytes": before}
+    shares = {key: value for key, value in vars(plan).items() if key != "run"}
+    return {**measured, **shares, "torch": torch.__version__, "sapwood": sapwood.__version__}
+
+
+def counted(plan: Plan) -> dict[str, Any]:
+    """Floating-point operations of convolutions and matrix products, two a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        plan.run()
+    return {"flops": counter.get_total_flops(), "inputs": plan.inputs, "all_inputs": plan.all_inputs}
+
+
+def gemm_rate(size: int = 1024, seconds: float = 1.0) -> float:
+    """FLOPs a second of this machine's float32 matrix product: the best of the repetitions within `seconds`."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or not best:
+        begin = time.perf_counter()
+        left @ right
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def _warm_up() -> None:
+    """Loads what torch and Sapwood import at a first search: over a second, once a process, whatever the method."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    sapwood.prune(model, method="ntk-sap", density=0.5, input_shape=(1, 4, 4), rounds=1, resamples=1, samples=2)
+
+
+def _published(case: Case, model: torch.nn.Module, *, part: bool) -> Plan:
+    sizes = _sizes(case.budget["samples"], case.batch_size) * case.budget["resamples"]
+    budget = {**case.budget, **({"rounds": 1, "resamples": 1, "samples": sizes[0]} if part else {})}
+    names = list(sapwood.prunable(model))
+
+    def run() -> Any:
+        return published.search(
+            model, names, case.density, input_shape=case.input_shape, batch_size=case.batch_size, **budget
+        )
+
+    return _plan(run, sizes, case.budget["rounds"], part)
+
+
+def _plan(run: Callable[[], Any], sizes: list[int], rounds: int, part: bool) -> Plan:
+    every = (sum(sizes) * rounds, len(sizes) * rounds)
+    done = (sizes[0], 1) if part else every
+    return Plan(run, done[0], every[0], done[1], every[1], "mini-batches")
+
+
+def _sizes(samples: int, batch_size: int) -> list[int]:
+    sizes = [batch_size] * (samples // batch_size)
+    return sizes + [samples % batch_size] * bool(samples % batch_size)
+
+
+def _labelled(case: Case, sizes: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(size, *case.input_shape), torch.arange(size) % case.num_classes) for size in sizes]
+
+
+def _resident(entry: str) -> int:
+    """VmHWM (peak) or VmRSS (now) of this process, which, unlike getrusage's peak, forgets the parent's."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = next(line for line in status.read_text().splitlines() if line.startswith(entry))
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # collapsed layers after a single round are no news here
+    main(sys.argv[1])
