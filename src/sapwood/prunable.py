@@ -58,6 +58,11 @@ class Weight:
             return shape[0]
         return math.prod(shape[1:])
 
+    @property
+    def has_outputs_last(self) -> bool:
+        """Whether output units are along dimension 1, as in transposed convolutions and Hugging Face's Conv1D."""
+        return isinstance(self.owners[0], _ConvTransposeNd) or type(self.owners[0]).__name__ == "Conv1D"
+
     def matches(self, pattern: Pattern) -> bool:
         """Whether a name, glob, module type or module selects this parameter."""
         if isinstance(pattern, str):

@@ -59,6 +59,14 @@ class Round:
     collapsed: tuple[str, ...]
 
 
+class Described(Protocol):
+    """A diagnosis (`sapwood.diagnosis.Diagnosis`), of which a result only prints the table."""
+
+    def table(self) -> str:
+        """Plain text."""
+        ...
+
+
 @dataclass(frozen=True)
 class Result:
     """Masks and how they came about; printing it prints the layer table.
@@ -69,6 +77,7 @@ class Result:
         seconds: Wall time of the call.
         seed: The seed of every random draw.
         method: The method's name.
+        diagnosis: What the masks leave of the network, if it was asked for.
     """
 
     masks: Masks
@@ -76,6 +85,7 @@ class Result:
     seconds: float
     seed: int
     method: str = field(default="")
+    diagnosis: Described | None = None
 
     @property
     def collapsed(self) -> tuple[str, ...]:
@@ -89,7 +99,8 @@ class Result:
             f"{self.method}: {self.masks.kept:,} of {self.masks.total:,} weights kept in {rounds}, {self.seconds:.1f} s"
         )
         empty = f"\ncollapsed layers: {', '.join(self.collapsed)}" if self.collapsed else ""
-        return f"{head}, seed {self.seed}\n\n{self.masks.table()}{empty}"
+        left = "" if self.diagnosis is None else f"\n\n{self.diagnosis.table()}"
+        return f"{head}, seed {self.seed}\n\n{self.masks.table()}{empty}{left}"
 
     def __str__(self) -> str:
         return self.report()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -54,6 +55,7 @@ def write_report(
         "on_gpu": any(result.environment.get("device") != "cpu" for _, result in finished(outcomes)),
         "shuffled": [method for method in summary.methods if looks.subject_of(method) != method],
         "command": command,
+        "kernels": _kernels(out),
     }
     environment = _environment()
     for file in (MARKDOWN, REPORT):
@@ -95,6 +97,14 @@ def _published(expected: Mapping[tuple[str, float], float], summary: Summary) ->
         for (label, at), value in expected.items()
         if label == method and abs(at - s) <= NEAR
     }
+
+
+def _kernels(out: Path) -> dict[str, Any] | None:
+    """The tangent kernels that were computed beside the runs, if they were."""
+    from sapwood.experiments import kernel_report, kernels  # here, because they need this module's templates
+
+    found = kernels.Spectra.load(out / kernels.RECORD)
+    return None if found is None else kernel_report.section(found, out)
 
 
 def _environment() -> jinja2.Environment:
