@@ -149,15 +149,16 @@ def test_the_report_shows_kernels_where_they_were_computed(tmp_path):
     assert Spectra.load(tmp_path / "with/ntk.json") is None
 
 
-def test_compare_computes_kernels_on_request(tmp_path, capsys):
-    command = ["compare", "--model", "resnet8", "--methods", "magnitude", "--sparsities", "0.9", "--seeds", "1"]
+def test_compare_computes_kernels_on_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sapwood.cli.compare.KernelConfig", lambda: KernelConfig(per_class=1))
+    command = ["compare", "--model", "resnet8", "--methods", "magnitude", "--sparsities", "0.5", "0.9", "--seeds", "1"]
     command += ["--epochs", "1", "--milestones", "--workers", "1", "--out", str(tmp_path)]
     assert main([*command, "--ntk", "0.9"]) == 0
     found = Spectra.load(tmp_path / "ntk.json")
     assert [n.label for n in found.networks] == ["dense", "magnitude"] and found.settings["seed"] == 1
     assert "Tangent kernels" in (tmp_path / "report.html").read_text(encoding="utf-8")
     capsys.readouterr()
-    assert main([*command, "--ntk", "0.5"]) == 2
+    assert main([*command, "--ntk", "0.95"]) == 2
     assert "0.9" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -177,9 +178,15 @@ def _digest(model: nn.Module, x: Tensor, masks: Masks | None, config: KernelConf
 
 def _kept(path: Path) -> tuple[Tensor | None, float]:
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             return torch.from_numpy(file["kernel"]).double(), float(file["seconds"])
-    except (OSError, ValueError, KeyError, EOFError):  # missing, or half-written by a process that was killed
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        BadZipFile,
+    ):  # missing or damaged
         return None, 0.0
 
 
