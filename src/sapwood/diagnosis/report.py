@@ -103,11 +103,9 @@ class Diagnosis:
     def sentence(self) -> str:
         """The whole in one sentence."""
         paths = "no path" if self.log10_paths == -math.inf else f"10^{self.log10_paths:.1f} paths"
-        through = sum(map(len, self.bottlenecks.values()))
-        return (
-            f"effective sparsity {self.sparsity:.2%}, {self.dead:,} dead units, {through} bottleneck units, {paths} "
-            "from inputs to outputs"
-        )
+        through = _many(sum(map(len, self.bottlenecks.values())), "bottleneck unit")
+        dead = _many(self.dead, "dead unit")
+        return f"effective sparsity {self.sparsity:.2%}, {dead}, {through}, {paths} from inputs to outputs"
 
 
 HEADER = ("layer", "on a path", "kept", "dead units", "busiest unit", "gradient")
@@ -161,6 +159,10 @@ def diagnose(
         for name, mask in masks.items()
     }
     return Diagnosis(live, paths.log10, layers)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _layer(mask: Tensor, live: Tensor, paths: Paths, name: str, weight: Weight, gradient: float) -> LayerDiagnosis:
