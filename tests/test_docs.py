@@ -54,3 +54,20 @@ def test_the_readme_trains_a_torchvision_model(monkeypatch, capsys):
 def test_doctests(module):
     results = doctest.testmod(importlib.import_module(module))
     assert results.attempted and not results.failed
+
+
+KERNELS = ["ntk.gram", "ntk.products", "ntk.spectra", "ntk.compare", "ntk.analytic", "ntk.dynamics"]
+
+
+@pytest.mark.parametrize("module", [*KERNELS, "diagnosis.report", "diagnosis.paths"])
+def test_doctests_of_kernels_and_diagnosis(module):
+    results = doctest.testmod(importlib.import_module(f"sapwood.{module}"))
+    assert results.attempted and not results.failed
+
+
+def test_the_page_on_kernels(capsys):
+    (source,) = python_blocks("docs/ntk.md")
+    space: dict = {}
+    exec(compile(source, "docs/ntk.md", "exec"), space)
+    assert space["sparse"].shape == (60, 60)
+    assert len(capsys.readouterr().out.split()) == 2

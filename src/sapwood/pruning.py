@@ -110,6 +110,14 @@ class Procedure(Protocol):
         ...
 
 
+class Described(Protocol):
+    """A diagnosis (`sapwood.diagnosis.Diagnosis`), of which a result only prints the table."""
+
+    def table(self) -> str:
+        """Plain text."""
+        ...
+
+
 @dataclass(frozen=True)
 class Result:
     """Masks and how they came about; printing it prints the layer table.
@@ -121,6 +129,7 @@ class Result:
         seed: The seed of every random draw.
         method: The method's name.
         params: New values of parameters and buffers, by name, pruned weights zero; None: the model's own stay.
+        diagnosis: What the masks leave of the network, if it was asked for.
     """
 
     masks: Masks
@@ -129,6 +138,7 @@ class Result:
     seed: int
     method: str = field(default="")
     params: Params | None = field(default=None, repr=False)
+    diagnosis: Described | None = None
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
@@ -161,7 +171,8 @@ class Result:
             f"{self.method}: {self.masks.kept:,} of {self.masks.total:,} weights kept in {rounds}, {self.seconds:.1f} s"
         )
         empty = f"\ncollapsed layers: {', '.join(self.collapsed)}" if self.collapsed else ""
-        return f"{head}, seed {self.seed}\n\n{self.masks.table()}{empty}"
+        left = "" if self.diagnosis is None else f"\n\n{self.diagnosis.table()}"
+        return f"{head}, seed {self.seed}\n\n{self.masks.table()}{empty}{left}"
 
     def __str__(self) -> str:
         return self.report()

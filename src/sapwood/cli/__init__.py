@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 
 from sapwood.cli.compare import Compare
+from sapwood.cli.ntk import Ntk
 from sapwood.cli.prune import Prune
 from sapwood.cli.recipes import Recipes
 from sapwood.cli.run import Run
@@ -32,6 +33,7 @@ Command = (
     | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Run, subcommand("run")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Ntk, subcommand("ntk")]
 )
 
 

@@ -13,6 +13,7 @@ from sapwood.experiments.compare import compare
 from sapwood.experiments.config import Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
 from sapwood.experiments.grid import Grid
+from sapwood.experiments.kernels import KernelConfig
 from sapwood.experiments.live import SweepProgress
 from sapwood.experiments.recipes import digits
 from sapwood.experiments.summary import summarise
@@ -32,6 +33,7 @@ class Compare:
         place: Where it is computed.
         out: Folder for report.html, results.csv, figures and runs; the default is runs/DATA, such as runs/digits.
         workers: Processes that run side by side; the default is one a CPU core, or one on a GPU.
+        ntk: Also compute the tangent kernels of the first seed's networks at this sparsity, and show their spectra.
     """
 
     grid: Grid = field(default_factory=lambda: digits().grid)
@@ -39,14 +41,15 @@ class Compare:
     place: Place = field(default_factory=Place)
     out: OptionalFolder = None
     workers: int | None = None
+    ntk: float | None = None
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code, which is not 0 if a run failed."""
         configs, out = self.grid.runs(self.training), self.out or Path("runs") / self.grid.data
-        return compare_and_report(configs, out, self.place, EngineConfig(workers=self.workers), typed)
+        return compare_and_report(configs, out, self.place, EngineConfig(workers=self.workers), typed, ntk=self.ntk)
 
 
-def compare_and_report(
+def compare_and_report(  # the runs, where, how, and what is told of them
     configs: Sequence[RunConfig],
     out: Path,
     place: Place,
@@ -55,6 +58,7 @@ def compare_and_report(
     *,
     tracker: str | None = None,
     expected: Mapping[tuple[str, float], float] | None = None,
+    ntk: float | None = None,
 ) -> int:
     """Does the runs and shows how far they are, then shows the table and writes the report; returns the exit code."""
     with SweepProgress(configs, out, f"{configs[0].model} on {configs[0].data}, runs") as progress:
@@ -66,5 +70,9 @@ def compare_and_report(
         from sapwood.experiments.report import write_report  # here, because matplotlib takes a second to import
 
         terminal.show(terminal.comparison_table(summarise(outcomes)))
+        if ntk is not None:
+            from sapwood.experiments import kernel_run
+
+            kernel_run.of_comparison(outcomes, out, ntk, KernelConfig(), place)
         print(write_report(outcomes, out, typed, expected=expected))
     return FAILED if failed else 0

@@ -28,6 +28,7 @@ class Run:
         engine: What computes it.
         out: Folder for report.html, results.csv, figures and runs; the default is runs/RECIPE.
         tracker: Where metrics go besides DIR: tensorboard, wandb, mlflow, trackio, or package.module:function.
+        ntk: Also compute the tangent kernels of the first seed's networks at this sparsity, and show their spectra.
     """
 
     recipe: Positional[Annotated[str, arg(metavar="RECIPE")]]
@@ -36,11 +37,19 @@ class Run:
     engine: EngineConfig = field(default_factory=EngineConfig)
     out: OptionalFolder = None
     tracker: str | None = None
+    ntk: float | None = None
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code, which is not 0 if a run failed."""
         recipe = overridden(load(self.recipe), self.set)
         configs, out = recipe.grid.runs(recipe.train), self.out or Path("runs") / recipe.name
         return compare_and_report(
-            configs, out, self.place, self.engine, typed, tracker=self.tracker, expected=recipe.accuracies
+            configs,
+            out,
+            self.place,
+            self.engine,
+            typed,
+            tracker=self.tracker,
+            expected=recipe.accuracies,
+            ntk=self.ntk,
         )

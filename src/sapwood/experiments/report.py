@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -59,6 +60,7 @@ def write_report(
         "same_layers": [method for method in summary.methods if looks.control_of(method) in SAME_LAYERS],
         "retrained": retrained,
         "command": command,
+        "kernels": _kernels(out),
     }
     environment = _environment()
     for file in (MARKDOWN, REPORT):
@@ -100,6 +102,14 @@ def _published(expected: Mapping[tuple[str, float], float], summary: Summary) ->
         for (label, at), value in expected.items()
         if label == method and abs(at - s) <= NEAR
     }
+
+
+def _kernels(out: Path) -> dict[str, Any] | None:
+    """The tangent kernels that were computed beside the runs, if they were."""
+    from sapwood.experiments import kernel_report, kernels  # here, because they need this module's templates
+
+    found = kernels.Spectra.load(out / kernels.RECORD)
+    return None if found is None else kernel_report.section(found, out)
 
 
 def _environment() -> jinja2.Environment:

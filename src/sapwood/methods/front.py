@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sapwood.allocation import target_density
 from sapwood.batches import Batch, Data
+from sapwood.diagnosis import diagnose
 from sapwood.functional import Forward, FunctionalModel, Loss
 from sapwood.isolation import isolated, unwrapped
 from sapwood.masks import Masks, clean_names, fingerprint
@@ -40,6 +41,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     on_round: OnRound | None = None,
     within: Masks | None = None,
     group: dist.ProcessGroup | None = None,
+    diagnosed: bool = False,
     **fields: Any,
 ) -> Result:
     """Finds which weights of a model to keep. The model itself is not changed: see `attach` for that.
@@ -72,6 +74,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         group: Processes that score together (`torch.distributed.group.WORLD`): all of them call `prune` with the same
             model and seed, each with its share of the batches, and all get the same masks. NTK-SAP divides its
             mini-batches among them.
+        diagnosed: Also probe what the masks leave of the network (`Result.diagnosis`: weights on no path, dead and
+            bottleneck units, paths, gradients), which needs an input shape or batches.
         **fields: Fields of the method (rounds, schedule, allocation, regrow, invert) and of its criterion (for NTK-SAP:
             resamples, samples, batch_size, epsilon, fresh_weights, random_inputs, layout, merged_statistics,
             chunk_size).
@@ -109,7 +113,12 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
         masks, history, params = recipe.run(net, data, density, generator, **options)
     masks = Masks(clean_names(masks), _provenance(name, recipe, seed, density, core))
-    return Result(masks, history, time.perf_counter() - begin, seed, name, _as_held(params, core))
+    seconds = time.perf_counter() - begin
+    diagnosis = None
+    if diagnosed:
+        shown = None if data.input_shape else data.batches or None
+        diagnosis = diagnose(core, masks, input_shape=data.input_shape, batches=shown, forward=forward, seed=seed)
+    return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis)
 
 
 def prunable(

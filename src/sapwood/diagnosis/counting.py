@@ -1,0 +1,132 @@
+"""How many paths lead from the inputs to the outputs, and how many of them use each kept weight.
+
+A path is a chain of kept weights from one entry of the input to one output (in a convolution, pixel by pixel). A
+network whose kept weights are ones, run as a positive flow on an input of ones, has their number P as the sum of its
+outputs; P is linear in every weight m, so that m dP/dm of the paths use it. Norms pass through, pools sum, and in
+attention a path runs through query, key and value together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sapwood.batches import Batch, filled
+from sapwood.criteria.linear_flow import LinearFlow
+from sapwood.errors import UnsupportedModelError
+from sapwood.functional import FunctionalModel, Params
+from sapwood.masks import Masks, clean_name
+
+SCALES = (1.0, 1e-300)  # of the inputs and of the outputs: float64 then counts to 10^308 or to 10^600
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Numbers of paths.
+
+    Attributes:
+        log10: Decimal logarithm of their number; -inf for none, inf beyond 10^600.
+        shares: Share of the paths that use each weight, in the masks' shapes; zero where there are no paths.
+    """
+
+    log10: float
+    shares: Mapping[str, Tensor]
+
+
+def count(net: FunctionalModel, masks: Masks, template: Batch) -> Paths:
+    """Counts for one input of the template's shape; call it under `isolated`."""
+    for scale in SCALES:
+        leaves = {name: _ones(name, p, masks.get(clean_name(name))) for name, p in net.params.items() if _is_real(p)}
+        wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}
+        inputs = filled(template, lambda t: torch.full_like(t, scale, device=net.device, dtype=torch.float64))  # noqa: B023
+        with _Sums(), LinearFlow():
+            total = net.outputs(leaves, inputs, buffers=_unit(net)).sum()
+        seed = torch.full_like(total, scale)
+        if not total.requires_grad:
+            raise UnsupportedModelError("The model's output does not depend on the masked weights through autograd.")
+        found = torch.autograd.grad(total, list(wanted.values()), seed, materialize_grads=True)
+        value = float(total.detach())
+        if math.isfinite(value) and all(bool(torch.isfinite(g).all()) for g in found):
+            return _paths(value, scale, dict(zip(wanted, found, strict=True)), leaves)
+    return Paths(math.inf, {name: torch.zeros_like(mask, dtype=torch.float64) for name, mask in masks.items()})
+
+
+def _paths(value: float, scale: float, gradients: Params, leaves: Params) -> Paths:
+    log10 = math.log10(value) - math.log10(scale) if value > 0 else -math.inf
+    some = value > 0
+    parts = {
+        clean_name(n): leaves[n].detach() * g / (value * scale) if some else torch.zeros_like(g)
+        for n, g in gradients.items()
+    }
+    return Paths(log10, parts)
+
+
+def _is_real(parameter: Tensor) -> bool:
+    return parameter.is_floating_point()
+
+
+def _ones(name: str, parameter: Tensor, mask: Tensor | None) -> Tensor:
+    """A mask, or ones where there is none; constants lead no path."""
+    if mask is None:
+        constant = any(word in name.rpartition(".")[2] for word in ("bias", "beta"))
+        return (torch.zeros_like if constant else torch.ones_like)(parameter, dtype=torch.float64)
+    return mask.to(parameter.device, torch.float64)
+
+
+def _unit(net: FunctionalModel) -> Params:
+    """Buffers under which BatchNorm passes a flow as it is, but for its epsilon."""
+    fills = {"running_mean": torch.zeros_like, "running_var": torch.ones_like}
+    found = {name: b.double() if b.is_floating_point() else b.clone() for name, b in net.buffers.items()}
+    return {name: fills.get(name.rpartition(".")[2], torch.clone)(buffer) for name, buffer in found.items()}
+
+
+class _Sums(TorchFunctionMode):
+    """A context in which what averages, or takes a maximum, sums."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the stand-in, if there is one."""
+        return STAND_INS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _pool(average: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
+    def summed(
+        input: Tensor, size: Any, stride: Any = None, padding: Any = 0, *args: Any, ceil_mode: bool = False, **_: Any
+    ) -> Tensor:
+        window = math.prod([size] * dims if isinstance(size, int) else size)
+        pooled: Tensor = average(input, size, stride or size, padding, ceil_mode, True)
+        return pooled * window
+
+    return summed
+
+
+def _adaptive(average: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
+    def summed(input: Tensor, size: Any, *_: Any, **__: Any) -> Tensor:
+        pooled: Tensor = average(input, size)
+        return pooled * (math.prod(input.shape[-dims:]) / math.prod(pooled.shape[-dims:]))
+
+    return summed
+
+
+def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+    return input.sum() if dim is None else input.sum(dim, keepdim=keepdim)
+
+
+STAND_INS: dict[Any, Callable[..., Any]] = {
+    F.avg_pool1d: _pool(F.avg_pool1d, 1), F.max_pool1d: _pool(F.avg_pool1d, 1),
+    F.avg_pool2d: _pool(F.avg_pool2d, 2), F.max_pool2d: _pool(F.avg_pool2d, 2),
+    F.avg_pool3d: _pool(F.avg_pool3d, 3), F.max_pool3d: _pool(F.avg_pool3d, 3),
+    F.adaptive_avg_pool1d: _adaptive(F.adaptive_avg_pool1d, 1),
+    F.adaptive_max_pool1d: _adaptive(F.adaptive_avg_pool1d, 1),
+    F.adaptive_avg_pool2d: _adaptive(F.adaptive_avg_pool2d, 2),
+    F.adaptive_max_pool2d: _adaptive(F.adaptive_avg_pool2d, 2),
+    F.adaptive_avg_pool3d: _adaptive(F.adaptive_avg_pool3d, 3),
+    F.adaptive_max_pool3d: _adaptive(F.adaptive_avg_pool3d, 3),
+    **dict.fromkeys((torch.mean, Tensor.mean, torch.amax, Tensor.amax), _mean),
+}  # fmt: skip

@@ -1,0 +1,192 @@
+"""What `sapwood ntk` does: networks under masks from files and from methods, their kernels, their training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapwood import ntk
+from sapwood.data import Dataset, pruning_batches
+from sapwood.errors import ConfigError, DataError
+from sapwood.experiments import kernels, store, terminal
+from sapwood.experiments.compare import Outcome, run_folder
+from sapwood.experiments.config import DENSE, Place, RunConfig
+from sapwood.experiments.environment import device_of, environment
+from sapwood.experiments.fields import parse_variant
+from sapwood.experiments.kernels import KernelConfig, Spectra
+from sapwood.experiments.material import create_model, load_data
+from sapwood.experiments.stages import pruned
+from sapwood.experiments.summary import finished, sparsity
+from sapwood.masks import Masks
+from sapwood.methods import METHODS
+
+PAPER = ("ntk-sap", "snip", "iter-snip", "synflow", "magnitude", "grasp")
+ALL = "all"
+TRAINED_IMAGES = 50  # of a training that is compared with its prediction: its kernel is computed several times
+Dynamics = Mapping[str, ntk.Dynamics]
+
+
+def find_masks(
+    model: str, data: str, methods: Sequence[str], density: float, seed: int, out: Path, place: Place
+) -> dict[str, Masks]:
+    """The masks of methods, by label; those that an earlier call left in `out/masks` are read.
+
+    Raises:
+        SapwoodError: what the methods refuse.
+    """
+    dataset, device = load_data(data, None, place), device_of(place.device)
+    variants = [parse_variant(m) for name in methods for m in (METHODS if name == ALL else [name])]
+    found = {}
+    with terminal.progress("name") as bar:
+        task = bar.add_task("masks", total=len(variants), name="")
+        for variant in variants:
+            config = RunConfig(
+                data, model, variant.method, density, fields=variant.fields, control=variant.control, seed=seed
+            )
+            bar.update(task, name=config.label)
+            folder = out / "masks" / config.id
+            folder.mkdir(parents=True, exist_ok=True)
+            found[config.label] = pruned(config, create_model(model, dataset, seed).to(device), dataset, folder, None)
+            bar.advance(task)
+    return found
+
+
+def read_masks(files: Sequence[Path]) -> dict[str, Masks]:
+    """Masks from files, by the files' names."""
+    found: dict[str, Masks] = {}
+    for file in files:
+        label = file.stem
+        while label in found:
+            label = f"{file.parent.name}/{label}" if "/" not in label else f"{label}+"
+        found[label] = Masks.load(file)
+    return found
+
+
+def spectra(
+    model: str, data: str, networks: Mapping[str, Masks], config: KernelConfig, seed: int, cache: Path, place: Place
+) -> Spectra:
+    """The kernels of the dense network and of those under masks.
+
+    Raises:
+        ConfigError: fewer images than `batch_size`.
+        MaskError: masks of another model.
+    """
+    dataset = load_data(data, None, place)
+    net, (images, _) = _subject(model, dataset, seed, config.per_class, place)
+    for masks in networks.values():
+        masks.check(dict(net.named_parameters()))
+    if config.batch_size is not None and len(images) % config.batch_size:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} does not divide the {len(images)} images: choose another, or another "
+            "--per-class."
+        )
+    if net.training and config.batchnorm == "eval":
+        net.eval()
+    with terminal.progress() as bar:
+        tasks = {label: bar.add_task(label, total=None) for label in (DENSE, *networks)}
+        found = kernels.compute(
+            net,
+            images,
+            {DENSE: None, **networks},
+            config,
+            cache,
+            on_rows=lambda label, done, total: bar.update(tasks[label], completed=done, total=total),
+        )
+    return Spectra(settings_of(model, data, config, seed, len(images)), found)
+
+
+def trainings(
+    model: str, data: str, networks: Mapping[str, Masks], config: KernelConfig, seed: int, steps: int, place: Place
+) -> Dynamics:
+    """Real and predicted training of all networks, at a quarter of the rate that is stable for all of them."""
+    dataset = load_data(data, None, place)
+    per_class = max(1, min(config.per_class, TRAINED_IMAGES // dataset.num_classes))
+    net, (images, labels) = _subject(model, dataset, seed, per_class, place)
+    options: Any = {
+        "dropout": "off",
+        "batchnorm": config.batchnorm,
+        "memory": int(config.memory * 2**30),
+        "batch_size": config.batch_size if config.batch_size and len(images) % config.batch_size == 0 else None,
+    }
+    masks: dict[str, Masks | None] = {DENSE: None, **networks}
+    with terminal.progress("name") as bar:
+        task = bar.add_task("trainings", total=len(masks) * (steps + 1), name="")
+        rates = []
+        for label, mask in masks.items():
+            bar.update(task, name=label)
+            rates.append(_stable(net, images, mask, options))
+            bar.advance(task)
+        found = {}
+        for label, mask in masks.items():
+            bar.update(task, name=label)
+            found[label] = ntk.train_dynamics(
+                net,
+                images,
+                labels,
+                mask,
+                rate=min(rates) / 4,
+                steps=steps,
+                on_step=lambda _: bar.advance(task),
+                **options,
+            )
+    return found
+
+
+def of_comparison(outcomes: Sequence[Outcome], out: Path, at: float, config: KernelConfig, place: Place) -> Spectra:
+    """The kernels of a comparison's networks at one sparsity, of the first seed that has results; kept as ntk.json.
+
+    Raises:
+        ConfigError: the comparison has no such sparsity.
+    """
+    there = sorted({sparsity(o) for o in outcomes if o.config.method != DENSE})
+    if not any(abs(at - s) < 1e-9 for s in there):
+        raise ConfigError(f"--ntk {at:g} is none of the comparison's sparsities: {', '.join(f'{s:g}' for s in there)}.")
+    done = [o.config for o, _ in finished(outcomes) if o.config.method != DENSE and abs(sparsity(o) - at) < 1e-9]
+    if not done:
+        raise DataError(f"No run at {100 * at:g} % sparsity gave a result, so there are no masks to look at.")
+    seed = min(c.seed for c in done)
+    networks = {c.label: Masks.load(run_folder(out, c) / store.MASKS) for c in done if c.seed == seed}
+    found = spectra(done[0].model, done[0].data, networks, config, seed, out / "kernels", place)
+    found.save(out / kernels.RECORD)
+    return found
+
+
+def settings_of(model: str, data: str, config: KernelConfig, seed: int, images: int) -> dict[str, Any]:
+    """What the numbers depend on, for people."""
+    return {
+        "model": model,
+        "data": data,
+        "images": images,
+        "images a class": config.per_class,
+        "BatchNorm": config.batchnorm,
+        "images a batch": images if config.batch_size is None else config.batch_size,
+        "parameters": "prunable weights",
+        "seed": seed,
+    }
+
+
+def setup(spectra: Spectra, place: Place) -> dict[str, str]:
+    """The settings, the time and the hardware, as text by name."""
+    seconds = ", ".join(f"{n.label} {n.seconds:.0f}" for n in spectra.networks)
+    facts = {key: str(value) for key, value in spectra.settings.items()}
+    return {**facts, "CPU seconds of a kernel": seconds, **environment(device_of(place.device))}
+
+
+def _subject(
+    name: str, dataset: Dataset, seed: int, per_class: int, place: Place
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """The model at its initial weights, and images with their labels, on the device."""
+    device = device_of(place.device)
+    count = per_class * dataset.num_classes
+    (images, labels), *_ = pruning_batches(dataset, per_class=per_class, batch_size=count, seed=seed)
+    layout = torch.channels_last if images.dim() == 4 else torch.contiguous_format  # a tenth faster on a CPU
+    net = create_model(name, dataset, seed).to(device)
+    return net, (images.to(device).contiguous(memory_format=layout), labels.to(device))
+
+
+def _stable(net: nn.Module, images: Tensor, masks: Masks | None, options: Any) -> float:
+    return ntk.spectrum(ntk.products(net, images, masks, **options), leading=1, full_below=0).largest_stable_lr

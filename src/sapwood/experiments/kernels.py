@@ -1,0 +1,196 @@
+"""Tangent kernels of dense and pruned networks side by side, each computed once and kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sapwood import ntk
+from sapwood.errors import SapwoodError
+from sapwood.experiments import store
+from sapwood.experiments.config import DENSE
+from sapwood.masks import Masks
+
+RECORD = "ntk.json"
+DIGITS = 7  # of an eigenvalue in a file
+Step = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """What a kernel is the kernel of, besides model and masks.
+
+    Attributes:
+        batchnorm: What BatchNorm does: train (statistics of the batch, with their gradient), calibrated (those
+            statistics as constants) or eval (running statistics).
+        batch_size: Images that share BatchNorm's statistics; the default is all.
+        per_class: Training images of each class.
+        memory: Gigabytes that the derivatives and the kernel may take; what does not fit is computed again.
+    """
+
+    batchnorm: str = "train"
+    batch_size: int | None = None
+    per_class: int = 10
+    memory: float = 2.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of one network's kernel.
+
+    Attributes:
+        label: What tables and figures call it; "dense" for the unpruned one.
+        sparsity: Share of the prunable weights removed.
+        eigenvalues: All of them, descending.
+        trace: Their sum.
+        condition_number: Largest over smallest; None where the smallest is zero.
+        effective_rank: Exponential of the entropy of the spectrum.
+        largest_stable_lr: 2 / largest eigenvalue, for the sum of squared errors / 2.
+        alignment: Centred alignment with the dense kernel; None without one.
+        distance: Relative Frobenius distance from the dense kernel.
+        seconds: CPU seconds of the kernel.
+    """
+
+    label: str
+    sparsity: float
+    eigenvalues: tuple[float, ...]
+    trace: float
+    condition_number: float | None
+    effective_rank: float | None
+    largest_stable_lr: float
+    alignment: float | None
+    distance: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Networks and the settings that their kernels have in common, as a file holds them."""
+
+    settings: Mapping[str, Any]
+    networks: tuple[Network, ...]
+
+    def save(self, path: Path) -> None:
+        """Writes JSON, eigenvalues in seven digits, in one step."""
+        found = dataclasses.asdict(self)
+        for network in found["networks"]:
+            network["eigenvalues"] = [float(f"{value:.{DIGITS}g}") for value in network["eigenvalues"]]
+        store.write_text(path, json.dumps(found, separators=(",", ":")).replace('{"label"', '\n{"label"') + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Spectra | None:
+        """Reads what `save` wrote; None where there is no such file, or another one."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            networks = [Network(**{**n, "eigenvalues": tuple(n["eigenvalues"])}) for n in found["networks"]]
+            return cls(dict(found["settings"]), tuple(networks))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def compute(
+    model: nn.Module,
+    x: Tensor,
+    networks: Mapping[str, Masks | None],
+    config: KernelConfig,
+    cache: Path,
+    *,
+    on_rows: Step = lambda label, done, total: None,
+) -> tuple[Network, ...]:
+    """The kernels of a model's conv and linear weights under each of the masks, on inputs x.
+
+    Args:
+        model: The model at its initial weights.
+        x: Inputs.
+        networks: Masks by label, None for the dense network.
+        config: The settings.
+        cache: Folder in which kernels are kept: one that is there is not computed again.
+        on_rows: Called with a label, rows done and all rows.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    found, dense = [], None
+    for label, masks in networks.items():
+        path = cache / f"{_digest(model, x, masks, config)}.npz"
+        gram, seconds = _kept(path)
+        if gram is None:
+            begin = time.process_time()
+            gram = ntk.kernel(
+                model,
+                x,
+                masks,
+                dropout="off",
+                batchnorm=config.batchnorm,
+                batch_size=config.batch_size,
+                memory=int(config.memory * 2**30),
+                on_rows=lambda done, total, label=label: on_rows(label, done, total),  # type: ignore[misc]
+            ).cpu()
+            seconds = time.process_time() - begin
+            _keep(path, gram, seconds)
+        dense = gram if masks is None else dense
+        found.append(_network(label, masks, gram, dense, seconds))
+    return tuple(found)
+
+
+def _network(label: str, masks: Masks | None, gram: Tensor, dense: Tensor | None, seconds: float) -> Network:
+    spectrum = ntk.spectrum(gram, full_below=len(gram))
+    condition = spectrum.condition_number
+    compared = None if masks is None else dense
+    return Network(
+        label=label,
+        sparsity=0.0 if masks is None else round(masks.sparsity, 6),
+        eigenvalues=tuple(spectrum.values.tolist()),
+        trace=float(gram.diagonal().double().sum()),
+        condition_number=None if condition in (None, float("inf")) else condition,
+        effective_rank=spectrum.effective_rank,
+        largest_stable_lr=spectrum.largest_stable_lr if spectrum.largest > 0 else 0.0,
+        alignment=None if compared is None else _alignment(compared, gram),
+        distance=None if compared is None else ntk.distance(compared, gram),
+        seconds=round(seconds, 1),
+    )
+
+
+def _alignment(first: Tensor, second: Tensor) -> float:
+    try:
+        return ntk.alignment(first, second)
+    except SapwoodError:  # a network through which nothing flows any more
+        return 0.0
+
+
+def _digest(model: nn.Module, x: Tensor, masks: Masks | None, config: KernelConfig) -> str:
+    """Names a kernel by all that it depends on."""
+    digest = hashlib.sha256(json.dumps([config.batchnorm, config.batch_size]).encode())
+    tensors = [x, *model.state_dict().values(), *([] if masks is None else masks.values())]
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return f"{DENSE if masks is None else 'masked'}-{digest.hexdigest()[:16]}"
+
+
+def _kept(path: Path) -> tuple[Tensor | None, float]:
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:
+            return torch.from_numpy(file["kernel"]).double(), float(file["seconds"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        BadZipFile,
+    ):  # missing or damaged
+        return None, 0.0
+
+
+def _keep(path: Path, gram: Tensor, seconds: float) -> None:
+    half_written = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(half_written, kernel=gram.numpy(), seconds=seconds)
+    half_written.replace(path)
