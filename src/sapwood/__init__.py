@@ -10,7 +10,7 @@
 from sapwood.allocation import Global, Layerwise
 from sapwood.attach import Attachment, assert_masked, attach
 from sapwood.batches import Data
-from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
+from sapwood.criteria import Grasp, Magnitude, NtkSap, NtkSapAnalytic, Random, Snip, SynFlow
 from sapwood.errors import (
     BudgetError,
     ConfigError,
@@ -47,6 +47,7 @@ __all__ = [
     "Masks",
     "Method",
     "NtkSap",
+    "NtkSapAnalytic",
     "Random",
     "Result",
     "Round",

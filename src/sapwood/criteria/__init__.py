@@ -7,8 +7,9 @@ keep.
 from sapwood.criteria.grasp import Grasp
 from sapwood.criteria.magnitude import Magnitude
 from sapwood.criteria.ntk_sap import NtkSap
+from sapwood.criteria.ntk_sap_analytic import NtkSapAnalytic
 from sapwood.criteria.random import Random
 from sapwood.criteria.snip import Snip
 from sapwood.criteria.synflow import SynFlow
 
-__all__ = ["Grasp", "Magnitude", "NtkSap", "Random", "Snip", "SynFlow"]
+__all__ = ["Grasp", "Magnitude", "NtkSap", "NtkSapAnalytic", "Random", "Snip", "SynFlow"]

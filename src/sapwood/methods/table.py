@@ -6,12 +6,13 @@ import dataclasses
 import importlib
 from typing import Any
 
-from sapwood.criteria import Grasp, Magnitude, NtkSap, Random, Snip, SynFlow
+from sapwood.criteria import Grasp, Magnitude, NtkSap, NtkSapAnalytic, Random, Snip, SynFlow
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.pruning import Criterion, Method
 
 METHODS: dict[str, Method] = {
     "ntk-sap": Method(NtkSap(), rounds=20),
+    "ntk-sap-analytic": Method(NtkSapAnalytic(), rounds=20),
     "random": Method(Random()),
     "erk": Method(Random(), allocation="erk"),
     "magnitude": Method(Magnitude()),
