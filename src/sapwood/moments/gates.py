@@ -1,123 +1,127 @@
-"""ReLU and leaky ReLU of Gaussian pre-activations."""
+"""How a Gaussian tensor passes a pointwise non-linearity, whatever that is.
+
+With u ~ N(mean, deviation^2) an activation f gives four numbers: E f, E f^2, E f' and E f'^2. Then E D^2 is multiplied
+by E f'^2, and E[D D'] by E[f'(u) f'(u')]; the gates are taken as independent of the signals that pass them.
+
+Two places whose pre-activations are correlated (without BatchNorm they share the channel's random weights) have a
+Gaussian part in common: u = mean + sqrt(c) x + sqrt(deviation^2 - c) y, with c the covariance and x in common. Given x
+they are independent, and x is integrated out by Gauss-Hermite quadrature.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sapwood.moments.registry import Call, rule
-from sapwood.moments.state import Law, Moments, Side, times
+from sapwood.moments.state import Law, Moments, Side, plus, times
 
 TINY = 1e-30
+COMMON = 12
+"""Nodes for the common part. The kink of ReLU is smoothed by the part that is not common."""
 
 
-@rule(F.relu, torch.relu, torch.Tensor.relu, torch.relu_, torch.Tensor.relu_)
-def relu(call: Call, x: Moments, inplace: bool = False) -> Moments:
-    """max(u, 0), for Gaussian u; a unit without inputs gives zero."""
-    return rectified(call, x)
+class Passed(NamedTuple):
+    """E f, E f^2, E f', E f'^2."""
+
+    mean: Tensor
+    raw: Tensor
+    slope: Tensor
+    square_slope: Tensor
 
 
-def rectified(call: Call, x: Moments) -> Moments:
-    if x.clean.mean is None:
-        out = _centred(call, x)
+class Activation(Protocol):
+    """A pointwise function of a Gaussian."""
+
+    def moments(self, mean: Tensor | None, deviation: Tensor) -> Passed:
+        """The four numbers for N(mean, deviation^2); mean None is zero."""
+        ...
+
+    def value(self, u: Tensor) -> Tensor:
+        """f(u)."""
+        ...
+
+    def slope(self, u: Tensor) -> Tensor:
+        """f'(u)."""
+        ...
+
+
+def passed(x: Moments, activation: Activation) -> Moments:
+    """The moments after an activation, for Gaussian `x`."""
+    clean, gate, both = _side(x, x.clean, activation)
+    if not x.finite:
+        out = x.replace(clean=clean, noisy=clean, td=times(x.td, gate), to=times(x.to, both))
     else:
-        out = _shifted(call, x)
-    return out.replace(law=Law(x, 0.0))
+        noisy, other, _ = _side(x, x.noisy, activation)
+        td = times(x.td, (gate + other) / 2)
+        out = x.replace(clean=clean, noisy=noisy, cross=_cross(x, activation), td=td, to=times(x.to, both))
+    return out.replace(law=Law(x, activation))
 
 
-def _centred(call: Call, x: Moments) -> Moments:
-    """Of zero-mean Gaussians: half of everything passes."""
-    clean = _half(x, x.clean)
-    if x.finite:
-        noisy = _half(x, x.noisy)
-        td = None if x.td is None else Changed.apply(x.clean.raw, x.noisy.raw, call.epsilon * x.td) / call.epsilon
-        cross = None if x.cross is None else _kernel(x, x.noisy.raw, x.clean.raw, x.cross)
-    else:
-        noisy, td, cross = clean, times(x.td, 0.5), None
-    to = times(x.to, 0.25 if x.clean.pair is None else _both_open(x, x.clean))
-    return x.replace(clean=clean, noisy=noisy, cross=cross, td=td, to=to)
+def variance(side: Side) -> Tensor:
+    """Variance, never negative."""
+    return side.raw if side.mean is None else (side.raw - side.mean.square()).clamp_min(0)
 
 
-def _half(x: Moments, s: Side) -> Side:
-    mean = (s.raw.clamp_min(TINY) / (2 * math.pi)).sqrt()
-    return Side(s.raw / 2, mean, None if s.pair is None else _kernel(x, s.raw, s.raw, s.pair))
+def root(square: Tensor) -> Tensor:
+    """Square root with gradient zero, not infinite, at zero (units without inputs)."""
+    return square.clamp_min(TINY).sqrt()
 
 
-def _kernel(x: Moments, raw: Tensor, other: Tensor, pair: Tensor) -> Tensor:
-    """E[relu(u) relu(u')] for zero-mean Gaussians with covariance `pair`."""
-    one, two, covariance = torch.broadcast_tensors(raw, x.average(other), pair)
-    return Rectified.apply(one, two, covariance)
+def _side(x: Moments, side: Side, activation: Activation) -> tuple[Side, Tensor, Tensor]:
+    """The side after the activation, E f'^2, and E[f'(u) f'(u')]."""
+    if side.pair is None:
+        there = activation.moments(side.mean, root(variance(side)))
+        return Side(there.raw, there.mean), there.square_slope, there.slope * x.average(there.slope)
+    shared = covariance(side.pair, x.product(side.mean, side.mean))
+    total: list[Tensor | None] = [None] * 5
+    for weight, given in conditioned(side, shared, activation):
+        terms = (
+            given.mean,
+            given.raw,
+            given.square_slope,
+            given.mean * x.average(given.mean),
+            given.slope * x.average(given.slope),
+        )
+        total = [plus(sum_, weight * term) for sum_, term in zip(total, terms, strict=True)]
+    mean, raw, gate, pair, both = total
+    assert raw is not None and gate is not None and both is not None
+    return Side(raw, mean, pair), gate, both
 
 
-def _both_open(x: Moments, s: Side) -> Tensor:
-    assert s.pair is not None
-    return 0.25 + torch.asin((s.pair / (s.raw * x.average(s.raw)).clamp_min(TINY).sqrt()).clamp(-1, 1)) / (2 * math.pi)
+def _cross(x: Moments, activation: Activation) -> Tensor | None:
+    if x.cross is None:
+        return None
+    shared = covariance(x.cross, x.product(x.noisy.mean, x.clean.mean))
+    total: Tensor | None = None
+    one, other = conditioned(x.noisy, shared, activation), conditioned(x.clean, shared, activation)
+    for (weight, noisy), (_, clean) in zip(one, other, strict=True):
+        total = plus(total, weight * noisy.mean * x.average(clean.mean))
+    return total
 
 
-def _shifted(call: Call, x: Moments) -> Moments:
-    """Of Gaussians with a mean, as after a residual sum."""
-    if x.clean.pair is not None:
-        raise call.refuse("a ReLU of correlated pre-activations with a mean has no moment rule yet")
-    clean, gate = _gated(x.clean)
-    noisy = _gated(x.noisy)[0] if x.finite else clean
-    return x.replace(clean=clean, noisy=noisy, td=times(x.td, gate), to=times(x.to, gate * x.average(gate)))
+def covariance(pair: Tensor, product: Tensor | None) -> Tensor:
+    """The part of a pair moment that is not due to the means."""
+    return (pair if product is None else pair - product).clamp_min(0)
 
 
-def _gated(s: Side) -> tuple[Side, Tensor]:
-    assert s.mean is not None
-    deviation = (s.raw - s.mean.square()).clamp_min(TINY).sqrt()
-    ratio = s.mean / deviation
-    gate = torch.special.ndtr(ratio)
-    density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
-    mean = s.mean * gate + deviation * density
-    return Side(s.raw * gate + s.mean * deviation * density, mean), gate
+def conditioned(side: Side, shared: Tensor, activation: Activation) -> list[tuple[float, Passed]]:
+    """The activation given the common part, at every node of the quadrature, with the node's weight."""
+    spread = variance(side)
+    shared = torch.minimum(shared, spread)
+    own, common = root(spread - shared), root(shared)
+    given = []
+    for node, weight in zip(*hermite(COMMON), strict=True):
+        given.append((weight, activation.moments(plus(side.mean, common * node), own)))
+    return given
 
 
-class Rectified(torch.autograd.Function):
-    """E[relu(u) relu(u')] of zero-mean Gaussians with variances q, q' and covariance c (Cho & Saul 2009).
-
-    (S + (pi - t) c) / 2 pi with S = sqrt(q q' - c^2) and t the angle of (c, S). Its derivatives are S / (4 pi q),
-    S / (4 pi q') and (pi - t) / 2 pi, which stay finite where autograd's would not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, other: Tensor, c: Tensor) -> Tensor:
-        """Same-shaped tensors."""
-        s = (q * other - c.square()).clamp_min(0).sqrt()
-        open_angle = math.pi - torch.atan2(s, c)
-        ctx.save_for_backward(q, other, s, open_angle)
-        return (s + open_angle * c) / (2 * math.pi)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """The closed derivatives."""
-        q, other, s, open_angle = ctx.saved_tensors
-        half = grad * s / (4 * math.pi)
-        return half / q.clamp_min(TINY), half / other.clamp_min(TINY), grad * open_angle / (2 * math.pi)
-
-
-class Changed(torch.autograd.Function):
-    """E(relu(b) - relu(a))^2 of zero-mean Gaussians with variances q, q2 and E(b - a)^2 = d.
-
-    q/2 + q2/2 - 2 E[relu(a) relu(b)], written as d/2 - (S - t c) / pi, which does not cancel for small d.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, q2: Tensor, d: Tensor) -> Tensor:
-        """Same-shaped tensors."""
-        c = (q + q2 - d) / 2
-        s = (2 * d * (q + q2) - (q - q2).square() - d.square()).clamp_min(0).sqrt() / 2
-        t = torch.atan2(s, c)
-        ctx.save_for_backward(q, q2, s, t)
-        return d / 2 - (s - t * c) / math.pi
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """The closed derivatives."""
-        q, q2, s, t = ctx.saved_tensors
-        grad = grad / (2 * math.pi)
-        return grad * (t - s / q.clamp_min(TINY)), grad * (t - s / q2.clamp_min(TINY)), grad * (math.pi - t)
+@lru_cache
+def hermite(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nodes and weights of the mean over a standard normal."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    return tuple(map(float, nodes)), tuple(float(w) / math.sqrt(2 * math.pi) for w in weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +13,7 @@ from sapwood.moments.sums import scaled, shifted
 
 
 @rule(F.batch_norm)
-def batch_norm(
+def batch_norm(  # noqa: PLR0913  # torch's own signature
     call: Call,
     x: Moments,
     running_mean: Any,

@@ -1,4 +1,4 @@
-"""Average pooling and means over positions; maximum pooling."""
+"""Average pooling and means over positions."""
 
 from __future__ import annotations
 
@@ -11,42 +11,95 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sapwood.moments.registry import Call, rule
-from sapwood.moments.state import Moments, Side, plus, times
+from sapwood.moments.state import Moments, Side, plus
+
+Pool = Callable[[Tensor], Tensor]
+AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def averaged(x: Moments, pool: Callable[[Tensor], Tensor], window: int, shape: torch.Size, channel: int) -> Moments:
+def averaged(x: Moments, pool: Pool, window: int, shape: torch.Size, channel: int) -> Moments:
     """The mean of `window` positions: 1 / window of what is at one position, the rest between two."""
 
     def mix(same: Tensor | None, other: Tensor | None) -> Tensor | None:
         if same is None:
             return None
-        here = times(pool(same), 1 / window)
-        return plus(here, None if other is None else pool(other) * (1 - 1 / window))
+        return plus(pool(same) / window, None if other is None else pool(other) * (1 - 1 / window))
 
     def side(s: Side) -> Side:
         raw = mix(s.raw, x.pair(s))
         assert raw is not None
-        return Side(raw, _pooled(pool, s.mean), _pooled(pool, s.pair))
+        return Side(raw, pooled(pool, s.mean), pooled(pool, s.pair))
 
     clean = side(x.clean)
     noisy = side(x.noisy) if x.finite else clean
-    return Moments(shape, channel, clean, noisy, _pooled(pool, x.cross), mix(x.td, x.to), _pooled(pool, x.to))
+    return Moments(shape, channel, clean, noisy, pooled(pool, x.cross), mix(x.td, x.to), pooled(pool, x.to))
 
 
-def _pooled(pool: Callable[[Tensor], Tensor], moment: Tensor | None) -> Tensor | None:
+def pooled(pool: Pool, moment: Tensor | None) -> Tensor | None:
+    """A pooled moment; None stays None."""
     return None if moment is None else pool(moment)
 
 
 @rule(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, torch.adaptive_avg_pool1d)
 def adaptive_average_pool(call: Call, x: Moments, output_size: Any) -> Moments:
     """Adaptive average pooling to sizes that divide the map's."""
-    before, after = x.shape[2:], call.shape[2:]
-    if any(b % a for b, a in zip(before, after, strict=True)):
-        raise call.refuse(f"average pooling of {tuple(before)} to {tuple(after)} has windows of different sizes")
-    window = [b // a for b, a in zip(before, after, strict=True)]
-    function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(window)]
+    window = divided(call, x)
+    return averaged(x, _average(call, x, window, window, 0, False), math.prod(window), call.shape, x.channel)
+
+
+@rule(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.avg_pool1d)
+def average_pool(
+    call: Call,
+    x: Moments,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Moments:
+    """Average pooling; windows that overlap are taken as if they did not."""
+    dims = len(x.shape) - 2
+    window = sizes(kernel_size, dims)
+    padded = any(sizes(padding, dims))
+    if divisor_override is not None or (padded and count_include_pad):
+        raise call.refuse("average pooling that counts padding, or with a divisor of its own, has no moment rule")
+    pool = _average(call, x, window, sizes(stride or kernel_size, dims), padding, ceil_mode)
+    return averaged(x, pool, math.prod(window), call.shape, x.channel)
+
+
+@rule(torch.Tensor.mean, torch.mean)
+def mean(call: Call, x: Moments, dim: Any = None, keepdim: bool = False, **_: Any) -> Moments:
+    """The mean over axes of positions."""
+    axes = sorted(axis % len(x.shape) for axis in (range(len(x.shape)) if dim is None else sizes(dim, 1)))
+    if x.channel in axes:
+        raise call.refuse("a mean over channels has no moment rule")
+    window = math.prod(x.shape[axis] for axis in axes)
+    channel = x.channel if keepdim else x.channel - sum(axis < x.channel for axis in axes)
+    return averaged(x, lambda moment: moment.mean(axes, keepdim=keepdim), window, call.shape, channel)
+
+
+def _average(call: Call, x: Moments, window: Any, stride: Any, padding: Any, ceil_mode: bool) -> Pool:
+    if call.flat:
+        return lambda moment: moment
+    function = AVERAGE[len(x.shape) - 2]
 
     def pool(moment: Tensor) -> Tensor:
-        return moment if call.flat else function(moment.expand(*moment.shape[:2], *before), window, window)
+        return function(moment.expand(x.shape), window, stride, padding, ceil_mode, count_include_pad=False)
 
-    return averaged(x, pool, math.prod(window), call.shape, 1)
+    return pool
+
+
+def divided(call: Call, x: Moments) -> list[int]:
+    """Windows of an adaptive pooling."""
+    before, after = x.shape[2:], call.shape[2:]
+    if x.channel != 1 or any(b % a for b, a in zip(before, after, strict=True)):
+        raise call.refuse(f"adaptive pooling of {tuple(before)} to {tuple(after)} has windows of different sizes")
+    return [b // a for b, a in zip(before, after, strict=True)]
+
+
+def sizes(value: Any, dims: int) -> tuple[int, ...]:
+    """One number for every dimension."""
+    if isinstance(value, tuple | list):
+        return tuple(value) * (dims if len(value) == 1 else 1)
+    return (value,) * dims

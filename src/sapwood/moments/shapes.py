@@ -12,14 +12,15 @@ from sapwood.moments.registry import RULES, Call, rule
 from sapwood.moments.state import Moments
 
 
-def moved(call: Call, x: Moments, function: Any) -> Moments:
+def moved(call: Call, x: Moments, function: Any, number: int = 0) -> Moments:
     """Applies a function that moves entries to all moments, and finds where the channel axis has gone."""
     channel = _channel_after(call, x, function)
 
     def full(moment: Tensor) -> Tensor:
-        return function(moment.expand(x.shape))
+        out: Tensor = function(moment.expand(x.shape))
+        return out
 
-    return x.map(full, call.shape, channel)
+    return x.map(full, call.shapes[number], channel)
 
 
 def _channel_after(call: Call, x: Moments, function: Any) -> int:
@@ -34,22 +35,30 @@ def _channel_after(call: Call, x: Moments, function: Any) -> int:
 
 
 def _moving(method: Any) -> None:
-    def apply(call: Call, x: Moments, *args: Any, **kwargs: Any) -> Moments:
-        return moved(call, x, lambda tensor: method(tensor, *args, **kwargs))
+    def apply(call: Call, x: Moments, *args: Any, **kwargs: Any) -> Any:
+        if len(call.shapes) == 1:
+            return moved(call, x, lambda tensor: method(tensor, *args, **kwargs))
+        parts = range(len(call.shapes))
+        return tuple(moved(call, x, lambda tensor, n=n: method(tensor, *args, **kwargs)[n], n) for n in parts)
 
     RULES[method] = apply
 
 
 for _method in (
     torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape, torch.reshape,
-    torch.Tensor.transpose, torch.transpose, torch.Tensor.permute, torch.permute,
-    torch.Tensor.squeeze, torch.squeeze, torch.Tensor.unsqueeze, torch.unsqueeze,
+    torch.Tensor.transpose, torch.transpose, torch.Tensor.permute, torch.permute, torch.Tensor.mT.__get__,
+    torch.Tensor.swapaxes, torch.movedim, torch.Tensor.movedim, torch.Tensor.unflatten, torch.unflatten,
+    torch.Tensor.squeeze, torch.squeeze, torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.expand,
+    torch.Tensor.__getitem__, torch.Tensor.narrow, torch.narrow, torch.Tensor.select, torch.select,
+    torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split, torch.unbind, torch.Tensor.unbind,
 ):  # fmt: skip
     _moving(_method)
 
 
-@rule(F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.Tensor.contiguous,
-      torch.Tensor.clone, torch.clone, torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as)  # fmt: skip
+@rule(
+    F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.Tensor.contiguous, torch.Tensor.clone, torch.clone, torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as,
+)  # fmt: skip
 def unchanged(call: Call, x: Moments, *args: Any, **kwargs: Any) -> Moments:
-    """Dropout in eval mode, and copies."""
+    """Dropout in eval mode, copies and casts."""
     return x

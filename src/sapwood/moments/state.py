@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +89,9 @@ class Moments:
         """A mean times the average over positions of another; None (zero) where either is."""
         return None if one is None or other is None else one * self.average(other)
 
-    def replace(self, **changes: object) -> Moments:
+    def replace(self, **changes: Any) -> Moments:
         """A copy with other fields; `law` is dropped, since the tensor is another one, unless given."""
-        return dataclasses.replace(self, **{"law": None, **changes})  # type: ignore[arg-type]
+        return dataclasses.replace(self, **{"law": None, **changes})
 
     def map(self, function: Callable[[Tensor], Tensor], shape: torch.Size, channel: int) -> Moments:
         """Applies a function that only moves or selects entries to every moment."""
@@ -108,16 +109,15 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """A tensor as a monotone function of independent Gaussians: leaky ReLU of the maximum over a window.
+    """A tensor as a monotone function of a Gaussian one.
 
     Attributes:
         gaussian: The Gaussian tensor.
-        slope: Negative slope of the (leaky) ReLU, or None without one.
-        pooled: Whether a maximum was taken; then `gaussian` is before it.
+        activation: The function (`sapwood.moments.gates.Activation`).
     """
 
     gaussian: Moments
-    slope: float | None = None
+    activation: Any
 
 
 @dataclass(frozen=True, eq=False)

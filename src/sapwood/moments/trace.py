@@ -159,7 +159,9 @@ class _Recorder(TorchFunctionMode):
                 self.values[id(leaf)] = self.count
                 self.alive.append(leaf)
         shapes = tuple(torch.Size(()) if leaf is None else leaf.shape for leaf in leaves)
-        self.operations.append(Operation(func, *arguments, tuple(numbers), shapes, structure, self.where))
+        self.operations.append(
+            Operation(func, arguments[0], arguments[1], tuple(numbers), shapes, structure, self.where)
+        )
 
     def _invalidate(self, changed: list[Tensor], result: Any, func: Any) -> None:
         """After an operation in place, other tensors on the same memory no longer hold what the trace says."""
