@@ -19,10 +19,10 @@ def concatenate(call: Call, tensors: Any, dim: int = 0) -> Moments:
     """
     first = next(x for x in tensors if isinstance(x, Moments))
     parts = [x if isinstance(x, Moments) else constant(x, first) for x in tensors]
-    if any(x.channel != first.channel or len(x.shape) != len(first.shape) for x in parts):
+    if any(x.channels != first.channels or len(x.shape) != len(first.shape) for x in parts):
         raise call.refuse("a concatenation of different layouts has no moment rule")
     axis = dim % len(first.shape)
-    if axis == first.channel:
+    if axis in first.channels:
         return _along_channels(call, parts, axis)
     if call.flat:
         raise call.refuse("a concatenation along positions is not flat (positions='full' has a rule)")
@@ -33,7 +33,7 @@ def constant(value: Tensor, like: Moments) -> Moments:
     """A tensor that depends on no weight and no input."""
     value = value.detach().to(like.clean.raw)
     side = Side(value.square(), value)
-    return Moments(value.shape, like.channel, side, Side(side.raw, value) if like.finite else side)
+    return Moments(value.shape, like.channels, side, Side(side.raw, value) if like.finite else side)
 
 
 def _along_channels(call: Call, parts: list[Moments], axis: int) -> Moments:
@@ -42,14 +42,14 @@ def _along_channels(call: Call, parts: list[Moments], axis: int) -> Moments:
     def side(sides: list[Side]) -> Side:
         raw = joined(parts, [s.raw for s in sides], axis)
         assert raw is not None
-        pairs = [x.pair(s) for x, s in zip(parts, sides, strict=True)] if paired else [None]
+        pairs = [x.pair(s) if paired else None for x, s in zip(parts, sides, strict=True)]
         return Side(raw, joined(parts, [s.mean for s in sides], axis), joined(parts, pairs, axis))
 
     clean = side([x.clean for x in parts])
     noisy = side([x.noisy for x in parts]) if parts[0].finite else clean
     cross = joined(parts, [x.crossed() for x in parts], axis) if parts[0].finite and paired else None
     td, to = (joined(parts, moments, axis) for moments in ([x.td for x in parts], [x.to for x in parts]))
-    return Moments(call.shape, axis, clean, noisy, cross, td, to, _common_law(call, parts, axis))
+    return Moments(call.shape, parts[0].channels, clean, noisy, cross, td, to, _common_law(call, parts, axis))
 
 
 def _common_law(call: Call, parts: list[Moments], axis: int) -> Law | None:
@@ -67,7 +67,7 @@ def _along_positions(call: Call, parts: list[Moments], axis: int) -> Moments:
         assert raw is not None
         if all(s.pair is None for s in sides):
             return Side(raw, mean)
-        whole = Moments(call.shape, parts[0].channel, Side(raw, mean), Side(raw, mean))
+        whole = Moments(call.shape, parts[0].channels, Side(raw, mean), Side(raw, mean))
         product = whole.product(mean, mean)
         excess = [_excess(x, s, x.positions / total) for x, s in zip(parts, sides, strict=True)]
         pair = joined(parts, excess, axis)
@@ -79,7 +79,7 @@ def _along_positions(call: Call, parts: list[Moments], axis: int) -> Moments:
     cross = clean.pair if parts[0].finite else None
     shares = [(x.positions - 1) / max(total - 1, 1) for x in parts]
     to = joined(parts, [times(x.to, share) for x, share in zip(parts, shares, strict=True)], axis)
-    return Moments(call.shape, parts[0].channel, clean, noisy, cross, joined(parts, [x.td for x in parts], axis), to)
+    return Moments(call.shape, parts[0].channels, clean, noisy, cross, joined(parts, [x.td for x in parts], axis), to)
 
 
 def _excess(x: Moments, side: Side, share: float) -> Tensor | None:

@@ -78,19 +78,20 @@ def _side(x: Moments, side: Side, activation: Activation) -> tuple[Side, Tensor,
         there = activation.moments(side.mean, root(variance(side)))
         return Side(there.raw, there.mean), there.square_slope, there.slope * x.average(there.slope)
     shared = covariance(side.pair, x.product(side.mean, side.mean))
-    total: list[Tensor | None] = [None] * 5
+    series = getattr(activation, "series", None)
+    there, pair, both = (series or _by_quadrature)(x, side, shared, *(() if series else (activation,)))
+    return Side(there.raw, there.mean, pair), there.square_slope, both
+
+
+def _by_quadrature(
+    x: Moments, side: Side, shared: Tensor, activation: Activation
+) -> tuple[Passed, Tensor, Tensor]:  # fmt: skip
+    total: list[Tensor | None] = [None] * 6
     for weight, given in conditioned(side, shared, activation):
-        terms = (
-            given.mean,
-            given.raw,
-            given.square_slope,
-            given.mean * x.average(given.mean),
-            given.slope * x.average(given.slope),
-        )
+        terms = (*given, given.mean * x.average(given.mean), given.slope * x.average(given.slope))
         total = [plus(sum_, weight * term) for sum_, term in zip(total, terms, strict=True)]
-    mean, raw, gate, pair, both = total
-    assert raw is not None and gate is not None and both is not None
-    return Side(raw, mean, pair), gate, both
+    mean, raw, slope, square, pair, both = (term for term in total if term is not None)
+    return Passed(mean, raw, slope, square), pair, both
 
 
 def _cross(x: Moments, activation: Activation) -> Tensor | None:

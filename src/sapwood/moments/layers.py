@@ -55,7 +55,7 @@ def contracted(
     assert clean is not None
     side = Side(clean, None, pair)
     other = Side(noisy, None, pair_noisy) if noisy is not None else side
-    return Moments(shape, channel, side, other, cross, td, to)
+    return Moments(shape, (channel,), side, other, cross, td, to)
 
 
 def _together(contract: Contraction, moments: list[Tensor | None], kernel: Tensor) -> list[Tensor | None]:
@@ -63,9 +63,9 @@ def _together(contract: Contraction, moments: list[Tensor | None], kernel: Tenso
     present = [moment for moment in moments if moment is not None]
     if not present:
         return list(moments)
-    sizes = torch.broadcast_shapes(*(moment.shape for moment in present))
+    sizes = torch.broadcast_shapes(*(moment.shape for moment in present))  # type: ignore[no-untyped-call]
     stacked = contract(torch.cat([moment.expand(sizes) for moment in present]), kernel)
-    parts = iter(stacked.split(sizes[0]))
+    parts = iter(stacked.chunk(len(present)))
     return [None if moment is None else next(parts) for moment in moments]
 
 
@@ -73,7 +73,7 @@ def _together(contract: Contraction, moments: list[Tensor | None], kernel: Tenso
 def linear(call: Call, x: Moments, weight: Weight, bias: Tensor | None = None) -> Moments:
     """Channels are the last axis, all others are positions."""
     last = len(x.shape) - 1
-    if x.channel != last and (x.td is not None or x.clean.mean is not None or x.clean.pair is not None):
+    if x.channels != (last,) and (x.td is not None or x.clean.mean is not None or x.clean.pair is not None):
         raise call.refuse("a linear layer along positions (pixels, tokens) has no moment rule")
     matrix = weight.v.flatten(1)
     out = contracted(_flat_input(x, last), weight, F.linear, (matrix, matrix), call.shape, len(call.shape) - 1)
@@ -81,11 +81,11 @@ def linear(call: Call, x: Moments, weight: Weight, bias: Tensor | None = None) -
 
 
 def _flat_input(x: Moments, channel: int) -> Moments:
-    if x.channel == channel:
+    if x.channels == (channel,):
         return x
     size = [n if axis == channel else 1 for axis, n in enumerate(x.shape)]  # white: every entry is alike
     side = Side(x.clean.raw.mean().expand(size))
-    return Moments(x.shape, channel, side, Side(side.raw) if x.finite else side)
+    return Moments(x.shape, (channel,), side, Side(side.raw) if x.finite else side)
 
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -105,8 +105,8 @@ def convolution(
 ) -> Moments:
     """Convolution in one to three dimensions, with groups, stride, dilation and zero padding."""
     dims = weight.v.dim() - 2
-    if len(x.shape) != dims + 2:
-        raise call.refuse("a convolution needs an input with a batch axis")
+    if len(x.shape) != dims + 2 or x.channels != (1,):
+        raise call.refuse("a convolution over anything but (batch, channels, positions) has no moment rule")
     stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
     padding = padding if isinstance(padding, str) else _tuple(padding, dims)
     if call.flat:

@@ -29,7 +29,7 @@ IDENTITY = Leaky(1.0)
 
 
 @rule(F.max_pool1d, F.max_pool2d, F.max_pool3d)
-def max_pool(  # noqa: PLR0913  # torch's own signature
+def max_pool(  # torch's own signature
     call: Call,
     x: Moments,
     kernel_size: Any,
@@ -84,7 +84,7 @@ def _typical(x: Moments, pool: Pool, shape: torch.Size) -> Moments:
     clean = side(x.clean)
     noisy = side(x.noisy) if x.finite else clean
     ones = torch.ones_like(clean.raw)
-    return Moments(shape, x.channel, clean, noisy, pooled(pool, x.cross), ones, ones)
+    return Moments(shape, x.channels, clean, noisy, pooled(pool, x.cross), ones, ones)
 
 
 def _counts(call: Call, x: Moments, window: Any, stride: Any, padding: Any) -> Tensor:
@@ -112,14 +112,15 @@ class Maximum:
 
     def moments(self, mean: Tensor | None, deviation: Tensor) -> Passed:
         """See `Activation`."""
-        if mean is None and isinstance(self.activation, Leaky):  # f(deviation * xi) = deviation * f(xi)
-            first, second, slope, square = self._spread(lambda n: of_standard_normals(n, self.activation))
+        activation = self.activation
+        if mean is None and isinstance(activation, Leaky):  # f(deviation * xi) = deviation * f(xi)
+            first, second, slope, square = self._spread(lambda n: of_standard_normals(n, activation))
             ones = torch.ones_like(deviation)
             return Passed(deviation * first, deviation.square() * second, ones * slope, ones * square)
         total: list[Tensor | None] = [None] * 4
         for node, weight in zip(GRID, self._spread(density), strict=True):
             u = deviation * node if mean is None else mean + deviation * node
-            value, slope = self.activation.value(u), self.activation.slope(u)
+            value, slope = activation.value(u), activation.slope(u)
             terms = (value, value.square(), slope, slope.square())
             total = [plus(sum_, weight * term) for sum_, term in zip(total, terms, strict=True)]
         return Passed(*(term for term in total if term is not None))
@@ -134,7 +135,7 @@ class Maximum:
 
     def _spread(self, of: Callable[[int], list[float]]) -> Tensor:
         """Numbers that depend on the count, laid out over the positions: (numbers, *counts)."""
-        distinct, where = self.counts.unique(return_inverse=True)
+        distinct, where = self.counts.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         table = torch.tensor([of(int(n)) for n in distinct]).to(self.counts)
         return table.mT[:, where]
 
@@ -151,7 +152,7 @@ def density(count: int) -> list[float]:
 
 
 @lru_cache
-def of_standard_normals(count: int, activation: Activation) -> list[float]:
+def of_standard_normals(count: int, activation: Leaky) -> list[float]:
     """E f, E f^2, E f' and E f'^2 of the maximum of `count` standard normals, by a fine trapezoidal rule."""
     nodes = torch.arange(-9, 9, 1e-4, dtype=torch.float64) + 0.5e-4
     weights = torch.special.ndtr(nodes) ** (count - 1) * torch.exp(-0.5 * nodes.square())

@@ -17,7 +17,7 @@ Pool = Callable[[Tensor], Tensor]
 AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def averaged(x: Moments, pool: Pool, window: int, shape: torch.Size, channel: int) -> Moments:
+def averaged(x: Moments, pool: Pool, window: int, shape: torch.Size, channels: tuple[int, ...]) -> Moments:
     """The mean of `window` positions: 1 / window of what is at one position, the rest between two."""
 
     def mix(same: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -32,7 +32,7 @@ def averaged(x: Moments, pool: Pool, window: int, shape: torch.Size, channel: in
 
     clean = side(x.clean)
     noisy = side(x.noisy) if x.finite else clean
-    return Moments(shape, channel, clean, noisy, pooled(pool, x.cross), mix(x.td, x.to), pooled(pool, x.to))
+    return Moments(shape, channels, clean, noisy, pooled(pool, x.cross), mix(x.td, x.to), pooled(pool, x.to))
 
 
 def pooled(pool: Pool, moment: Tensor | None) -> Tensor | None:
@@ -44,7 +44,7 @@ def pooled(pool: Pool, moment: Tensor | None) -> Tensor | None:
 def adaptive_average_pool(call: Call, x: Moments, output_size: Any) -> Moments:
     """Adaptive average pooling to sizes that divide the map's."""
     window = divided(call, x)
-    return averaged(x, _average(call, x, window, window, 0, False), math.prod(window), call.shape, x.channel)
+    return averaged(x, _average(call, x, window, window, 0, False), math.prod(window), call.shape, x.channels)
 
 
 @rule(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.avg_pool1d)
@@ -65,18 +65,19 @@ def average_pool(
     if divisor_override is not None or (padded and count_include_pad):
         raise call.refuse("average pooling that counts padding, or with a divisor of its own, has no moment rule")
     pool = _average(call, x, window, sizes(stride or kernel_size, dims), padding, ceil_mode)
-    return averaged(x, pool, math.prod(window), call.shape, x.channel)
+    return averaged(x, pool, math.prod(window), call.shape, x.channels)
 
 
 @rule(torch.Tensor.mean, torch.mean)
 def mean(call: Call, x: Moments, dim: Any = None, keepdim: bool = False, **_: Any) -> Moments:
     """The mean over axes of positions."""
     axes = sorted(axis % len(x.shape) for axis in (range(len(x.shape)) if dim is None else sizes(dim, 1)))
-    if x.channel in axes:
+    if set(x.channels) & set(axes):
         raise call.refuse("a mean over channels has no moment rule")
     window = math.prod(x.shape[axis] for axis in axes)
-    channel = x.channel if keepdim else x.channel - sum(axis < x.channel for axis in axes)
-    return averaged(x, lambda moment: moment.mean(axes, keepdim=keepdim), window, call.shape, channel)
+    left = [axis for axis in range(len(x.shape)) if keepdim or axis not in axes]
+    channels = tuple(left.index(channel) for channel in x.channels)
+    return averaged(x, lambda moment: moment.mean(axes, keepdim=keepdim), window, call.shape, channels)
 
 
 def _average(call: Call, x: Moments, window: Any, stride: Any, padding: Any, ceil_mode: bool) -> Pool:
@@ -93,7 +94,7 @@ def _average(call: Call, x: Moments, window: Any, stride: Any, padding: Any, cei
 def divided(call: Call, x: Moments) -> list[int]:
     """Windows of an adaptive pooling."""
     before, after = x.shape[2:], call.shape[2:]
-    if x.channel != 1 or any(b % a for b, a in zip(before, after, strict=True)):
+    if x.channels != (1,) or any(b % a for b, a in zip(before, after, strict=True)):
         raise call.refuse(f"adaptive pooling of {tuple(before)} to {tuple(after)} has windows of different sizes")
     return [b // a for b, a in zip(before, after, strict=True)]
 

@@ -84,11 +84,11 @@ def _resolved(leaf: Any, values: dict[int, Any], weights: Mapping[str, Weight], 
 
 def _white(shape: torch.Size, like: Tensor, epsilon: float, flat: bool) -> Moments:
     """The input: mean 0, variance 1, independent over channels, positions and samples."""
-    channel = min(1, len(shape) - 1)
-    size = [n if axis == channel or not flat else 1 for axis, n in enumerate(shape)]
+    channels = (min(1, len(shape) - 1),)
+    size = [n if axis in channels or not flat else 1 for axis, n in enumerate(shape)]
     ones = torch.ones(size, dtype=like.dtype, device=like.device)
     clean = Side(ones)
-    return Moments(shape, channel, clean, Side(ones) if epsilon else clean)
+    return Moments(shape, channels, clean, Side(ones) if epsilon else clean)
 
 
 def _last_uses(trace: Trace) -> dict[int, list[int]]:

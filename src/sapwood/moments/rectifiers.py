@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sapwood.moments.gates import TINY, Passed, passed, root
 from sapwood.moments.registry import Call, rule
-from sapwood.moments.state import Law, Moments, Side, plus, times
+from sapwood.moments.state import Law, Moments, Side, times
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,16 @@ def rectified(mean: Tensor | None, deviation: Tensor) -> Passed:
 @rule(F.relu, torch.relu, torch.Tensor.relu, torch.relu_, torch.Tensor.relu_)
 def relu(call: Call, x: Moments, inplace: bool = False) -> Moments:
     """max(u, 0)."""
-    return leaky(call, x, 0.0)
+    return _leaky(call, x, Leaky())
 
 
 @rule(F.leaky_relu, F.leaky_relu_)
 def leaky(call: Call, x: Moments, negative_slope: float = 0.01, inplace: bool = False) -> Moments:
     """Leaky ReLU; of zero-mean Gaussians without quadrature, and exact at finite epsilon."""
-    activation = Leaky(negative_slope)
+    return _leaky(call, x, Leaky(negative_slope))
+
+
+def _leaky(call: Call, x: Moments, activation: Leaky) -> Moments:
     return passed(x, activation) if x.clean.mean is not None else _centred(call, x, activation)
 
 
@@ -102,20 +105,20 @@ def prelu(call: Call, x: Moments, weight: Tensor) -> Moments:
     """Leaky ReLU with a learnt slope, which keeps its value; one for all channels."""
     if weight.numel() > 1 and bool((weight != weight.flatten()[0]).any()):
         raise call.refuse("PReLU with different slopes has no moment rule")
-    return leaky(call, x, float(weight.flatten()[0]))
+    return _leaky(call, x, Leaky(float(weight.flatten()[0])))
 
 
 @rule(F.relu6)
 def relu6(call: Call, x: Moments, inplace: bool = False) -> Moments:
-    """u held between 0 and 6."""
+    """Holds u between 0 and 6."""
     return passed(x, Clipped(0.0, 6.0))
 
 
 @rule(F.hardtanh, F.hardtanh_, torch.clamp, torch.Tensor.clamp)
 def hardtanh(
     call: Call, x: Moments, min: float = -1.0, max: float = 1.0, inplace: bool = False, **limits: float
-) -> Moments:  # noqa: PLR0913, E501
-    """u held between two limits."""
+) -> Moments:
+    """Holds u between two limits."""
     low, high = limits.get("min_val", min), limits.get("max_val", max)
     return passed(x, Clipped(-math.inf if low is None else low, math.inf if high is None else high))
 

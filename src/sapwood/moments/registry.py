@@ -73,4 +73,4 @@ def rule(*operations: Any) -> Callable[[Rule], Rule]:
 
 def name_of(operation: Any) -> str:
     """What users call an operation: "torch.nn.functional.conv2d"."""
-    return resolve_name(operation) or getattr(operation, "__qualname__", repr(operation))
+    return str(resolve_name(operation) or getattr(operation, "__qualname__", repr(operation)))

@@ -14,24 +14,21 @@ from sapwood.moments.state import Moments
 
 def moved(call: Call, x: Moments, function: Any, number: int = 0) -> Moments:
     """Applies a function that moves entries to all moments, and finds where the channel axis has gone."""
-    channel = _channel_after(call, x, function)
-
     def full(moment: Tensor) -> Tensor:
         out: Tensor = function(moment.expand(x.shape))
         return out
 
-    return x.map(full, call.shapes[number], channel)
+    return x.map(full, call.shapes[number], channels_after(x, function))
 
 
-def _channel_after(call: Call, x: Moments, function: Any) -> int:
-    """The axis along which the channel's number varies after the operation."""
-    size = x.shape[x.channel]
-    marks = torch.arange(size).reshape([size if axis == x.channel else 1 for axis in range(len(x.shape))])
-    after = function(marks.expand(x.shape))
-    axes = [a for a in range(after.dim()) if after.shape[a] > 1 and bool((after.diff(dim=a) != 0).any())]
-    if len(axes) > 1:
-        raise call.refuse("it splits the channels over several axes, which no moment rule covers")
-    return axes[0] if axes else min(x.channel, after.dim() - 1)
+def channels_after(x: Moments, function: Any) -> tuple[int, ...]:
+    """The axes along which the channel's number varies after the operation."""
+    axes = set()
+    for channel in x.channels:
+        size = [n if axis == channel else 1 for axis, n in enumerate(x.shape)]
+        after = function(torch.arange(x.shape[channel]).reshape(size).expand(x.shape))
+        axes |= {a for a in range(after.dim()) if after.shape[a] > 1 and bool((after.diff(dim=a) != 0).any())}
+    return tuple(sorted(axes)) or (min(x.channels[0], after.dim() - 1),)
 
 
 def _moving(method: Any) -> None:
@@ -46,7 +43,7 @@ def _moving(method: Any) -> None:
 
 for _method in (
     torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape, torch.reshape,
-    torch.Tensor.transpose, torch.transpose, torch.Tensor.permute, torch.permute, torch.Tensor.mT.__get__,
+    torch.Tensor.transpose, torch.transpose, torch.Tensor.permute, torch.permute, torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
     torch.Tensor.swapaxes, torch.movedim, torch.Tensor.movedim, torch.Tensor.unflatten, torch.unflatten,
     torch.Tensor.squeeze, torch.squeeze, torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.expand,
     torch.Tensor.__getitem__, torch.Tensor.narrow, torch.narrow, torch.Tensor.select, torch.select,

@@ -1,7 +1,7 @@
 """What is known of one tensor of the network: its moments over fresh weights and Gaussian inputs.
 
-**Shapes.** A tensor of the traced network, for a batch of one, has one *channel* axis; all its other axes are
-*positions* (pixels, tokens, the batch axis of size one). Every moment below has that tensor's shape, or one that
+**Shapes.** A tensor of the traced network, for a batch of one, has a *channel* axis (several where the network splits it,
+as into heads); all its other axes are *positions* (pixels, tokens, the batch axis of size one). Every moment below has that tensor's shape, or one that
 broadcasts to it: in flat mode the position axes have size one. `Moments.shape` is always the network's own.
 
 **Two networks.** At a finite epsilon the perturbed network has moments of its own (`noisy`); in the limit of
@@ -44,7 +44,7 @@ class Moments:
 
     Attributes:
         shape: Shape of the network's tensor for one sample, batch axis included.
-        channel: The channel axis.
+        channels: The channel axes, in order.
         clean: The network's own moments.
         noisy: The perturbed network's.
         cross: E[a(p) b'(p')] as `Side.pair`; None where it is the product of the means.
@@ -54,7 +54,7 @@ class Moments:
     """
 
     shape: torch.Size
-    channel: int
+    channels: tuple[int, ...]
     clean: Side
     noisy: Side
     cross: Tensor | None = None
@@ -70,11 +70,11 @@ class Moments:
     @property
     def positions(self) -> int:
         """Number of positions."""
-        return math.prod(self.shape) // self.shape[self.channel]
+        return math.prod(n for axis, n in enumerate(self.shape) if axis not in self.channels)
 
     def average(self, moment: Tensor) -> Tensor:
         """Mean over the positions, which keep size one."""
-        axes = [axis for axis in range(moment.dim()) if axis != self.channel and moment.shape[axis] > 1]
+        axes = [axis for axis in range(moment.dim()) if axis not in self.channels and moment.shape[axis] > 1]
         return moment.mean(axes, keepdim=True) if axes else moment
 
     def pair(self, side: Side) -> Tensor | None:
@@ -93,7 +93,7 @@ class Moments:
         """A copy with other fields; `law` is dropped, since the tensor is another one, unless given."""
         return dataclasses.replace(self, **{"law": None, **changes})
 
-    def map(self, function: Callable[[Tensor], Tensor], shape: torch.Size, channel: int) -> Moments:
+    def map(self, function: Callable[[Tensor], Tensor], shape: torch.Size, channels: tuple[int, ...]) -> Moments:
         """Applies a function that only moves or selects entries to every moment."""
 
         def each(moment: Tensor | None) -> Tensor | None:
@@ -104,7 +104,7 @@ class Moments:
 
         clean = side(self.clean)
         noisy = side(self.noisy) if self.finite else clean
-        return Moments(shape, channel, clean, noisy, each(self.cross), each(self.td), each(self.to))
+        return Moments(shape, channels, clean, noisy, each(self.cross), each(self.td), each(self.to))
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,14 +67,14 @@ def scaled(x: Moments, factor: Tensor | float) -> Moments:
 def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Moments:
     """A residual sum, or a sum with a constant."""
     if alpha != 1:
-        y = multiply(call, y, alpha) if isinstance(y, Moments) else y * alpha
+        y = scaled(y, alpha) if isinstance(y, Moments) else y * alpha
     if not isinstance(x, Moments):
         x, y = y, x
     if not isinstance(y, Moments):
         return shifted(x, y)
     if x is y:
         return scaled(x, 2.0)
-    if x.shape != y.shape or x.channel != y.channel:
+    if x.shape != y.shape or x.channels != y.channels:
         raise call.refuse(f"a sum of shapes {tuple(x.shape)} and {tuple(y.shape)} has no moment rule")
     clean = _sum(x, y, x.clean, y.clean)
     noisy = _sum(x, y, x.noisy, y.noisy) if x.finite else clean
