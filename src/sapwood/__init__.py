@@ -25,7 +25,7 @@ from sapwood.errors import (
 from sapwood.functional import FunctionalModel
 from sapwood.interop import from_torch_prune, to_torch_prune
 from sapwood.masks import Masks, fingerprint
-from sapwood.methods import METHODS, prunable, prune
+from sapwood.methods import METHODS, ScoreCheck, check_score, prunable, prune
 from sapwood.pruning import Method, Result, Round, iterate
 
 __version__ = "0.1.0"
@@ -53,12 +53,14 @@ __all__ = [
     "Round",
     "SapwoodError",
     "SapwoodWarning",
+    "ScoreCheck",
     "ScoreError",
     "Snip",
     "SynFlow",
     "UnsupportedModelError",
     "assert_masked",
     "attach",
+    "check_score",
     "fingerprint",
     "from_torch_prune",
     "iterate",

@@ -22,6 +22,7 @@ neither masked nor perturbed.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from sapwood.batches import Data
 from sapwood.criteria.ntk_sap import NORMS
-from sapwood.errors import ConfigError, DataError, UnsupportedModelError, unknown_name
+from sapwood.errors import ConfigError, DataError, SapwoodWarning, UnsupportedModelError, unknown_name
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
 from sapwood.moments import Weight, propagate, traced
@@ -82,6 +83,18 @@ class NtkSapAnalytic:
 
     def expected(self, net: FunctionalModel, masks: Masks, data: Data) -> Params:
         """The expected scores |dF / dm|, without noise."""
+        return {name: gradient.abs() for name, gradient in self.gradient(net, masks, data).items()}
+
+    def gradient(self, net: FunctionalModel, masks: Masks, data: Data) -> Params:
+        """DF / dm, signed, for one sample and over epsilon.
+
+        Raises:
+            UnsupportedModelError: the network cannot be traced, has an operation without a moment rule, or has prunable
+                parameters that are not layer weights.
+        """
+        if masks.kept == masks.total:  # the first round
+            _warn_if_trained(net)
+        _refuse_rewritten(net)
         trace = traced(net, _sample_shape(data))
         leaves = {name: masks[name].to(net.dtype).requires_grad_() for name in net.prunable}
         output = propagate(
@@ -90,13 +103,28 @@ class NtkSapAnalytic:
         )  # fmt: skip
         assert output.td is not None
         full = output.td.expand(output.shape).sum()
-        return {name: gradient.abs() for name, gradient in differentiate(full, leaves).items()}
+        return differentiate(full, leaves)
+
+
+def _warn_if_trained(net: FunctionalModel) -> None:
+    trained = [
+        name
+        for name, buffer in net.buffers.items()
+        if (name.endswith("num_batches_tracked") or name.endswith("running_mean")) and bool(buffer.any())
+    ]
+    if trained:
+        warnings.warn(
+            f"The model seems to be trained ({trained[0]!r} is not as a fresh one's): NTK-SAP's score draws fresh weights "
+            "and ignores the trained ones; method='magnitude' looks at them.",
+            SapwoodWarning,
+            stacklevel=6,
+        )
 
 
 def weights(net: FunctionalModel, masks: Params, epsilon: float) -> dict[str, Weight]:
     """The layer weights under fresh draws: variance 2 / fan-in, masked and perturbed where they are prunable."""
     for name in net.prunable:
-        if name not in net.fan_in or "parametrizations" in name:
+        if name not in net.fan_in:
             raise UnsupportedModelError(
                 f"{name!r} is not the plain weight of a layer, for whose fresh draws the closed form has no moments: "
                 'exclude it, or use method="ntk-sap" (Monte Carlo), which runs any model.'
@@ -110,6 +138,16 @@ def weights(net: FunctionalModel, masks: Params, epsilon: float) -> dict[str, We
             v = torch.full_like(net.params[name], 2 / fan_in, dtype=net.dtype)
             found[name] = Weight(name, v, 0.0, 0.0)
     return found
+
+
+def _refuse_rewritten(net: FunctionalModel) -> None:
+    """Weights that are computed from others are not the fresh draws that the moments are of."""
+    for name in net.fan_in:
+        if "parametrizations" in name or name.endswith(("weight_orig", "weight_g", "weight_v")):
+            raise UnsupportedModelError(
+                f"{name!r} is under a parametrization (spectral norm, weight norm), which the closed form has no moments "
+                'for: remove it, or use method="ntk-sap" (Monte Carlo), which runs any model.'
+            )
 
 
 def constants(net: FunctionalModel) -> Params:

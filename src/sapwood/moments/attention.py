@@ -64,8 +64,8 @@ def attention(  # noqa: PLR0913  # torch's own signature
             value.crossed(), 1 - overlap))  # fmt: skip
     shape = (*query.shape[:3], value.shape[3])
     full = [None if m is None else m.expand(shape) for m in (cross, td, to)]
-    return Moments(call.shape, (1, 3), _spread(clean, shape), _spread(noisy, shape) if value.finite else
-                   _spread(clean, shape), *full)  # fmt: skip
+    whole = _spread(clean, shape)
+    return Moments(call.shape, (1, 3), whole, _spread(noisy, shape) if value.finite else whole, *full)
 
 
 class _Head:
@@ -85,9 +85,7 @@ class _Head:
         raw, pair = value.raw.mean(2, keepdim=True), self.value.pair(value)
         between = torch.zeros_like(raw) if pair is None else pair.mean(2, keepdim=True)
         mean = None if value.mean is None else value.mean.mean(2, keepdim=True)
-        out = Side(
-            softmax.focus * raw + (1 - softmax.focus) * between, mean, overlap * raw + (1 - overlap) * between
-        )
+        out = Side(softmax.focus * raw + (1 - softmax.focus) * between, mean, overlap * raw + (1 - overlap) * between)
         return out, softmax, overlap
 
     def change(self, softmax: Any, overlap: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -14,6 +14,7 @@ from sapwood.moments.state import Moments
 
 def moved(call: Call, x: Moments, function: Any, number: int = 0) -> Moments:
     """Applies a function that moves entries to all moments, and finds where the channel axis has gone."""
+
     def full(moment: Tensor) -> Tensor:
         out: Tensor = function(moment.expand(x.shape))
         return out

@@ -51,10 +51,11 @@ def softmax_moments(variance: Tensor, keys: int) -> Attention:
         return (decay * w**power).sum(2)  # M_power(t): (variances, t)
 
     t = t[..., 0]
-    rest = keys * t * step * moment(0).clamp_min(1e-300) ** (keys - 1)
+    others = moment(0)
+    rest = keys * t * step * others ** (keys - 1)
     second = (moment(2) * rest * t).sum(1)
     third = (moment(3) * rest * t.square()).sum(1) / 2
-    pairs = (keys - 1) * moment(2).square() * rest / moment(0).clamp_min(1e-300) * t.pow(3) / 6
+    pairs = keys * (keys - 1) * step * moment(2).square() * others ** (keys - 2) * t.pow(4) / 6
     fourth = (moment(4) * rest * t.pow(3)).sum(1) / 6
     response = second - 2 * third + fourth + pairs.sum(1)
     return Attention(*(part.reshape(variance.shape).to(variance.dtype) for part in (second, response.clamp_min(0))))
