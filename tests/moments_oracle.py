@@ -53,7 +53,7 @@ class Draws:
         generator = torch.Generator().manual_seed(11)
         self.model = frozen(model).eval()
         self.masks = {name: mask.double() for name, mask in masks.items()}
-        self.chunk = max(1, 4096 // batch)
+        self.chunk = max(1, 1024 // batch)
 
         def normal(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator, dtype=torch.float64)
@@ -67,18 +67,17 @@ class Draws:
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
             return functional_call(self.model, effective, (inputs,))
 
-    def values(self, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The output, and its change over sqrt(epsilon): (draws, batch, ...). Epsilon 0: the exact derivative."""
+    def values(self) -> tuple[Tensor, Tensor]:
+        """The output and its directional derivative: (draws, batch, ...)."""
 
         def one(weights: dict[str, Tensor], directions: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
             tangent = {n: directions.get(n, torch.zeros_like(w)) for n, w in weights.items()}
             return jvp(lambda w: self.run(w, inputs, self.masks), (weights,), (tangent,))
 
-        assert not epsilon, "the frozen statistics are of the clean network; see `changes`"
         return vmap(one, chunk_size=self.chunk)(self.weights, self.directions, self.inputs)
 
-    def score_sums(self) -> dict[str, Tensor]:
-        """dF/dm of the limit, summed over every layer's weights: one number for each draw."""
+    def gradients(self) -> dict[str, Tensor]:
+        """DF/dm of the limit, for each draw: (draws, *weight)."""
 
         def objective(masks, weights, directions, inputs) -> Tensor:
             tangent = {n: directions.get(n, torch.zeros_like(w)) for n, w in weights.items()}
@@ -86,8 +85,7 @@ class Draws:
             return change.square().sum() / len(inputs)
 
         per_draw = vmap(grad(objective), in_dims=(None, 0, 0, 0), chunk_size=self.chunk)
-        gradients = per_draw(self.masks, self.weights, self.directions, self.inputs)
-        return {n: (g * self.masks[n]).flatten(1).sum(1) for n, g in gradients.items()}
+        return per_draw(self.masks, self.weights, self.directions, self.inputs)
 
 
 def moments(values: Tensor, changes: Tensor, channel: int) -> dict[str, Tensor]:

@@ -114,8 +114,8 @@ def _warn_if_trained(net: FunctionalModel) -> None:
     ]
     if trained:
         warnings.warn(
-            f"The model seems to be trained ({trained[0]!r} is not as a fresh one's): NTK-SAP's score draws fresh weights "
-            "and ignores the trained ones; method='magnitude' looks at them.",
+            f"The model seems to be trained ({trained[0]!r} is not as a fresh one's): NTK-SAP's score draws fresh "
+            "weights and ignores the trained ones; method='magnitude' looks at them.",
             SapwoodWarning,
             stacklevel=6,
         )
@@ -145,8 +145,8 @@ def _refuse_rewritten(net: FunctionalModel) -> None:
     for name in net.fan_in:
         if "parametrizations" in name or name.endswith(("weight_orig", "weight_g", "weight_v")):
             raise UnsupportedModelError(
-                f"{name!r} is under a parametrization (spectral norm, weight norm), which the closed form has no moments "
-                'for: remove it, or use method="ntk-sap" (Monte Carlo), which runs any model.'
+                f"{name!r} is under a parametrization (spectral norm, weight norm), which the closed form has no "
+                'moments for: remove it, or use method="ntk-sap" (Monte Carlo), which runs any model.'
             )
 
 

@@ -32,8 +32,8 @@ class ScoreCheck:
     """How the closed form compares with Monte Carlo; printing it prints the table and the recommendation.
 
     Attributes:
-        ratios: Closed form over Monte Carlo for every layer: the factor by which the closed form's scores are larger, by
-            regression over the layer's kept weights. NaN where the Monte-Carlo run gives no positive factor.
+        ratios: Closed form over Monte Carlo for every layer, by regression over its kept weights. NaN where the
+            Monte-Carlo run gives no positive factor.
         errors: Relative standard error of every ratio, from the spread between draws.
         log_sd: Standard deviation between layers of the logarithm of the ratio; a common factor does not count.
         noise: What of `log_sd` the errors alone would give.
@@ -112,9 +112,7 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
         True
     """
     if draws < 2 or not epsilon > 0:
-        raise ConfigError(
-            f"draws is {draws} and epsilon {epsilon}; at least 2 draws and an epsilon above 0 are needed."
-        )
+        raise ConfigError(f"draws is {draws} and epsilon {epsilon}; draws must be 2 or more, epsilon above 0.")
     begin = time.perf_counter()
     core = unwrapped(model)
     device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))

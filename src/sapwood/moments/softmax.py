@@ -1,7 +1,7 @@
 """Moments of a softmax over independent Gaussian logits, and of what it does to a perturbation.
 
-With logits l_j ~ N(0, s2) over N keys, w_j = exp(l_j) and p_j = w_j / sum w, every moment is a one-dimensional integral,
-since 1 / W^a = (integral of t^(a-1) exp(-t W)) / Gamma(a):
+With logits l_j ~ N(0, s2) over N keys, w_j = exp(l_j) and p_j = w_j / sum w, every moment is an integral over one
+variable, since 1 / W^a = (integral of t^(a-1) exp(-t W)) / Gamma(a):
 
     E sum p^a = N / Gamma(a) integral t^(a-1) M_a(t) M_0(t)^(N-1) dt,      M_a(t) = E w^a exp(-t w).
 

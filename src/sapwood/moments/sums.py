@@ -95,6 +95,20 @@ def _sum(x: Moments, y: Moments, a: Side, b: Side) -> Side:
     return Side(raw, plus(a.mean, b.mean), pair)
 
 
+@rule(torch.sub, torch.Tensor.sub, torch.Tensor.sub_, operator.sub, torch.Tensor.__rsub__, torch.rsub)
+def subtract(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Moments:
+    """A difference of independent tensors, or with a constant."""
+    reverse = call.name.rpartition(".")[2] in ("__rsub__", "rsub")
+    x, y = (y, x) if reverse else (x, y)
+    return add(call, x, scaled(y, -1.0) if isinstance(y, Moments) else -y, alpha=alpha)
+
+
+@rule(torch.neg, torch.Tensor.neg, torch.Tensor.__neg__, operator.neg)
+def negative(call: Call, x: Moments) -> Moments:
+    """The negative."""
+    return scaled(x, -1.0)
+
+
 @rule(torch.mul, torch.Tensor.mul, torch.Tensor.mul_, operator.mul)
 def multiply(call: Call, x: Any, y: Any) -> Moments:
     """A product with a constant."""
