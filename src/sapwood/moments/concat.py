@@ -95,7 +95,10 @@ def joined(parts: list[Moments], moments: list[Tensor | None], axis: int) -> Ten
     if all(moment is None for moment in moments):
         return None
     zero = parts[0].clean.raw.new_zeros(())
-    full = [
-        (zero if moment is None else moment).expand(x.clean.raw.shape) for x, moment in zip(parts, moments, strict=True)
-    ]
+    shapes = [x.clean.raw.shape for x in parts]
+    common = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    full = []
+    for x, moment in zip(parts, moments, strict=True):
+        size = [x.shape[axis] if a == axis else n for a, n in enumerate(common)]
+        full.append((zero if moment is None else moment).expand(size))
     return torch.cat(full, axis)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sapwood.moments.registry import Call
 from sapwood.moments.state import Law, Moments, Side, plus, times
 
 TINY = 1e-30
@@ -50,16 +51,34 @@ class Activation(Protocol):
         ...
 
 
-def passed(x: Moments, activation: Activation) -> Moments:
+def passed(call: Call, x: Moments, activation: Activation) -> Moments:
     """The moments after an activation, for Gaussian `x`."""
     clean, gate, both = _side(x, x.clean, activation)
     if not x.finite:
         out = x.replace(clean=clean, noisy=clean, td=times(x.td, gate), to=times(x.to, both))
     else:
         noisy, other, _ = _side(x, x.noisy, activation)
-        td = times(x.td, (gate + other) / 2)
-        out = x.replace(clean=clean, noisy=noisy, cross=_cross(x, activation), td=td, to=times(x.to, both))
+        td, to = times(x.td, (gate + other) / 2), drifted(call, x, both, clean, noisy)
+        out = x.replace(clean=clean, noisy=noisy, cross=_cross(x, activation), td=td, to=to)
     return out.replace(law=Law(x, activation))
+
+
+def drifted(call: Call, x: Moments, both: Tensor, clean: Side, noisy: Side) -> Tensor | None:
+    """E[D D'] after an activation, at finite epsilon.
+
+    The perturbed network's variances are larger, and so the means after an activation are others, everywhere alike:
+    that part of E[D D'] is the product of the drifts. The rest is gated.
+    """
+    if x.to is None:
+        return None
+    before, after = _drift(x.clean, x.noisy), _drift(clean, noisy)
+    rest = x.to if before is None else x.to - before * x.average(before) / call.epsilon
+    gated = rest * both
+    return gated if after is None else gated + after * x.average(after) / call.epsilon
+
+
+def _drift(clean: Side, noisy: Side) -> Tensor | None:
+    return plus(noisy.mean, times(clean.mean, -1.0))
 
 
 def variance(side: Side) -> Tensor:

@@ -67,24 +67,25 @@ def _maximum(
             return moment
         return function(moment.expand(x.shape), window, stride, padding, ceil_mode, count_include_pad=False)
 
+    counts = _counts(call, x, window, stride, padding)
     typical = _typical(gaussian, pool, call.shape)
-    best = passed(typical, Maximum(activation, _counts(call, x, window, stride, padding).to(typical.clean.raw)))
-    one = passed(typical, activation)
+    maximum = Maximum(activation, counts.to(device=typical.clean.raw.device))
+    ones = torch.ones_like(typical.clean.raw)
+    gates = typical.replace(noisy=typical.clean, cross=None, td=ones, to=ones)  # passed on, it shows the gates
+    best, one = passed(call, gates, maximum), passed(call, gates, activation)
     assert best.td is not None and best.to is not None and one.td is not None and one.to is not None
-    td = times(pooled(pool, x.td), best.td / one.td)
-    return best.replace(td=td, to=times(pooled(pool, x.to), best.to / one.to))
+    td, to = times(pooled(pool, x.td), best.td / one.td), times(pooled(pool, x.to), best.to / one.to)
+    return passed(call, typical, maximum).replace(td=td, to=to)
 
 
 def _typical(x: Moments, pool: Pool, shape: torch.Size) -> Moments:
-    """One Gaussian for every window, with D of one everywhere, so that passing it on shows the gates."""
+    """One Gaussian for every window."""
 
     def side(s: Side) -> Side:
         return Side(pool(s.raw), pooled(pool, s.mean), pooled(pool, s.pair))
 
     clean = side(x.clean)
-    noisy = side(x.noisy) if x.finite else clean
-    ones = torch.ones_like(clean.raw)
-    return Moments(shape, x.channels, clean, noisy, pooled(pool, x.cross), ones, ones)
+    return Moments(shape, x.channels, clean, side(x.noisy) if x.finite else clean, pooled(pool, x.cross))
 
 
 def _counts(call: Call, x: Moments, window: Any, stride: Any, padding: Any) -> Tensor:
@@ -114,11 +115,11 @@ class Maximum:
         """See `Activation`."""
         activation = self.activation
         if mean is None and isinstance(activation, Leaky):  # f(deviation * xi) = deviation * f(xi)
-            first, second, slope, square = self._spread(lambda n: of_standard_normals(n, activation))
+            first, second, slope, square = self._spread(lambda n: of_standard_normals(n, activation)).to(deviation)
             ones = torch.ones_like(deviation)
             return Passed(deviation * first, deviation.square() * second, ones * slope, ones * square)
         total: list[Tensor | None] = [None] * 4
-        for node, weight in zip(GRID, self._spread(density), strict=True):
+        for node, weight in zip(GRID, self._spread(density).to(deviation), strict=True):
             u = deviation * node if mean is None else mean + deviation * node
             value, slope = activation.value(u), activation.slope(u)
             terms = (value, value.square(), slope, slope.square())
@@ -136,7 +137,7 @@ class Maximum:
     def _spread(self, of: Callable[[int], list[float]]) -> Tensor:
         """Numbers that depend on the count, laid out over the positions: (numbers, *counts)."""
         distinct, where = self.counts.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        table = torch.tensor([of(int(n)) for n in distinct]).to(self.counts)
+        table = torch.tensor([of(int(n)) for n in distinct], device=self.counts.device)
         return table.mT[:, where]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sapwood.moments.gates import TINY, Passed, passed, root
+from sapwood.moments.gates import TINY, Passed, drifted, passed, root
 from sapwood.moments.registry import Call, rule
 from sapwood.moments.state import Law, Moments, Side, times
 
@@ -97,7 +97,7 @@ def leaky(call: Call, x: Moments, negative_slope: float = 0.01, inplace: bool = 
 
 
 def _leaky(call: Call, x: Moments, activation: Leaky) -> Moments:
-    return passed(x, activation) if x.clean.mean is not None else _centred(call, x, activation)
+    return passed(call, x, activation) if x.clean.mean is not None else _centred(call, x, activation)
 
 
 @rule(F.prelu, torch.prelu)
@@ -111,7 +111,7 @@ def prelu(call: Call, x: Moments, weight: Tensor) -> Moments:
 @rule(F.relu6)
 def relu6(call: Call, x: Moments, inplace: bool = False) -> Moments:
     """Holds u between 0 and 6."""
-    return passed(x, Clipped(0.0, 6.0))
+    return passed(call, x, Clipped(0.0, 6.0))
 
 
 @rule(F.hardtanh, F.hardtanh_, torch.clamp, torch.Tensor.clamp)
@@ -120,7 +120,7 @@ def hardtanh(
 ) -> Moments:
     """Holds u between two limits."""
     low, high = limits.get("min_val", min), limits.get("max_val", max)
-    return passed(x, Clipped(-math.inf if low is None else low, math.inf if high is None else high))
+    return passed(call, x, Clipped(-math.inf if low is None else low, math.inf if high is None else high))
 
 
 def _centred(call: Call, x: Moments, activation: Leaky) -> Moments:
@@ -135,17 +135,19 @@ def _centred(call: Call, x: Moments, activation: Leaky) -> Moments:
         return Side(there.raw, there.mean, pair)
 
     clean = side(x.clean)
-    to = times(x.to, mixed(torch.ones_like(x.clean.raw), _both_open(x, x.clean)))
+    both = mixed(torch.ones_like(x.clean.raw), _both_open(x, x.clean))
+    law = Law(x, activation)
     if not x.finite:
         td = times(x.td, (1 + s * s) / 2)
-        return x.replace(clean=clean, noisy=clean, td=td, to=to, law=Law(x, activation))
-    td, cross = x.td, x.cross
+        return x.replace(clean=clean, noisy=clean, td=td, to=times(x.to, both), law=law)
+    td, cross, noisy = x.td, x.cross, side(x.noisy)
     if td is not None:
         one, other, change = torch.broadcast_tensors(x.clean.raw, x.noisy.raw, call.epsilon * td)  # type: ignore[no-untyped-call]
         td = mixed(td, Changed.apply(one, other, change) / call.epsilon)  # type: ignore[no-untyped-call]
     if cross is not None:
         cross = mixed(cross, _kernel(x, x.noisy.raw, x.clean.raw, cross))
-    return x.replace(clean=clean, noisy=side(x.noisy), cross=cross, td=td, to=to, law=Law(x, activation))
+    to = drifted(call, x, both, clean, noisy)
+    return x.replace(clean=clean, noisy=noisy, cross=cross, td=td, to=to, law=law)
 
 
 def _kernel(x: Moments, raw: Tensor, other: Tensor, pair: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def _checkpointed(function: Callable[..., Any], *args: Any) -> Any:
 def _register(operation: Callable[..., Any], function: Callable[..., Any]) -> None:
     def apply(call: Call, x: Moments, *args: Any, **kwargs: Any) -> Moments:
         kwargs.pop("inplace", None)
-        return passed(x, Smooth(lambda u: function(u, *args, **kwargs)))
+        return passed(call, x, Smooth(lambda u: function(u, *args, **kwargs)))
 
     RULES[operation] = apply
 
