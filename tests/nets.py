@@ -131,6 +131,7 @@ def sentences(samples: int = 4, length: int = 5) -> list[dict[str, torch.Tensor]
 QUICK = {
     "ntk-sap": {"rounds": 3, "resamples": 2, "samples": 16},
     "ntk-sap-jvp": {"rounds": 3, "resamples": 2, "samples": 8},
+    "ntk-sap-analytic": {"rounds": 3},
     "iter-snip": {"rounds": 4},
     "force": {"rounds": 4},
     "synflow": {"rounds": 10},
@@ -139,6 +140,9 @@ QUICK = {
     "ntt": {"rounds": 2, "interval": 2},
 }
 """Fields that make every method quick."""
+
+REFUSED = {("ntk-sap-analytic", "lstm"), ("ntk-sap-analytic", "gru"), ("ntk-sap-analytic", "sentence")}
+"""Methods and networks for which they say that they have no rule, and what to use instead."""
 
 
 def by_magnitude(net, masks, data, generator):

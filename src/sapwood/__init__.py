@@ -15,6 +15,7 @@ from sapwood.criteria import (
     Grasp,
     Magnitude,
     NtkSap,
+    NtkSapAnalytic,
     NtkSapJvp,
     OptimalBrainDamage,
     ProsPr,
@@ -39,7 +40,7 @@ from sapwood.errors import (
 from sapwood.functional import FunctionalModel
 from sapwood.interop import from_torch_prune, to_torch_prune
 from sapwood.masks import Masks, fingerprint
-from sapwood.methods import METHODS, imp, prunable, prune
+from sapwood.methods import METHODS, ScoreCheck, check_score, imp, prunable, prune
 from sapwood.methods.ntt import Ntt
 from sapwood.methods.obs import Obs
 from sapwood.pruning import Method, Procedure, Result, Round, iterate
@@ -64,6 +65,7 @@ __all__ = [
     "Masks",
     "Method",
     "NtkSap",
+    "NtkSapAnalytic",
     "NtkSapJvp",
     "Ntt",
     "Obs",
@@ -75,6 +77,7 @@ __all__ = [
     "Round",
     "SapwoodError",
     "SapwoodWarning",
+    "ScoreCheck",
     "ScoreError",
     "Skeletonization",
     "Snip",
@@ -84,6 +87,7 @@ __all__ = [
     "UnsupportedModelError",
     "assert_masked",
     "attach",
+    "check_score",
     "fingerprint",
     "from_torch_prune",
     "imp",

@@ -18,7 +18,7 @@ def fresh_parameters(net: FunctionalModel, generator: torch.Generator) -> Params
     All other parameters (biases, embeddings) stay as they are.
     """
     drawn = {name: math.sqrt(2 / fan_in) * normal(net.params[name], generator) for name, fan_in in net.fan_in.items()}
-    return {**net.params, **_reset_norms(net), **drawn}
+    return {**net.params, **reset_norms(net), **drawn}
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -26,7 +26,7 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
-def _reset_norms(net: FunctionalModel) -> Params:
+def reset_norms(net: FunctionalModel) -> Params:
     """Scale 1 and shift 0, as a fresh network has them."""
     reset: Params = {}
     for prefix, module in net.module.model.named_modules():

@@ -7,6 +7,7 @@ keep.
 from sapwood.criteria.grasp import Grasp
 from sapwood.criteria.magnitude import Magnitude
 from sapwood.criteria.ntk_sap import NtkSap
+from sapwood.criteria.ntk_sap_analytic import NtkSapAnalytic
 from sapwood.criteria.ntk_sap_jvp import NtkSapJvp
 from sapwood.criteria.obd import OptimalBrainDamage
 from sapwood.criteria.prospr import ProsPr
@@ -23,6 +24,7 @@ __all__ = [
     "Grasp",
     "Magnitude",
     "NtkSap",
+    "NtkSapAnalytic",
     "NtkSapJvp",
     "OptimalBrainDamage",
     "ProsPr",

@@ -1,5 +1,6 @@
 """Methods by name, and the front doors `prune` and `imp`."""
 
+from sapwood.methods.check import ScoreCheck, check_score
 from sapwood.methods.front import prunable, prune
 from sapwood.methods.imp import imp, level_densities
 from sapwood.methods.table import AFTER_TRAINING, LABELLED, METHODS, ON_INPUTS, configured, find
@@ -9,6 +10,8 @@ __all__ = [
     "LABELLED",
     "METHODS",
     "ON_INPUTS",
+    "ScoreCheck",
+    "check_score",
     "configured",
     "find",
     "imp",

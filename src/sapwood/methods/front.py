@@ -48,10 +48,10 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
 
     Args:
         model: Any `nn.Module`, on any device, in any mode.
-        method: A name of `METHODS` ("ntk-sap", "ntk-sap-jvp", "random", "erk", "magnitude", "snip", "iter-snip",
-            "force", "grasp", "synflow", "synflow-l2", "px", "prospr"; for trained weights "janowsky", "taylor", "obd",
-            "skeletonization"), an import path "package.module:object", a `Method`, a
-            `Procedure`, or a criterion.
+        method: A name of `METHODS` ("ntk-sap", "ntk-sap-analytic", "ntk-sap-jvp", "random", "erk", "magnitude", "snip",
+            "iter-snip", "force", "grasp", "synflow", "synflow-l2", "px", "prospr", "ntt"; for trained weights
+            "janowsky", "taylor", "obd", "skeletonization", "obs"), an import path "package.module:object", a `Method`,
+            another `Procedure`, or a criterion.
         density: Share of the prunable weights to keep, (0, 1]. Exactly one of these three words is given, or none where
             `allocation` brings a density with it.
         sparsity: 1 - density, [0, 1).

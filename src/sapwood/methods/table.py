@@ -11,6 +11,7 @@ from sapwood.criteria import (
     Grasp,
     Magnitude,
     NtkSap,
+    NtkSapAnalytic,
     NtkSapJvp,
     OptimalBrainDamage,
     ProsPr,
@@ -28,6 +29,7 @@ from sapwood.pruning import Criterion, Method, Procedure
 
 METHODS: dict[str, Procedure] = {
     "ntk-sap": Method(NtkSap(), rounds=20),
+    "ntk-sap-analytic": Method(NtkSapAnalytic(), rounds=20),
     "ntk-sap-jvp": Method(NtkSapJvp(), rounds=20),
     "random": Method(Random()),
     "erk": Method(Random(), allocation="erk"),
