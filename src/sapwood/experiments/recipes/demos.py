@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from sapwood.experiments.grid import Grid
 from sapwood.experiments.recipes.paper import shuffled
 from sapwood.experiments.recipes.recipe import Recipe
 from sapwood.training import TrainConfig
+
+FAITHFUL = "ntk-sap-analytic"
+LOW_NOISE = "ntk-sap-analytic@epsilon=0,noise=lognormal"
+FLAT = f"{LOW_NOISE},positions=flat"
 
 
 def digits() -> Recipe:
@@ -34,5 +40,28 @@ def cifar10_laptop() -> Recipe:
             "Two epochs are far from a full training: its methods compare with each other, and with nothing else.",
             "The network is the paper's, with all of its 270,896 weights; images are averaged down from 32x32 pixels, "
             "for pruning and for training alike.",
+        ),
+    )
+
+
+def closed_form() -> Recipe:
+    """Is NTK-SAP's closed form as good as its Monte-Carlo estimator? Shares the runs of `cifar10_laptop`."""
+    laptop = cifar10_laptop()
+    controls = (shuffled("ntk-sap"), FAITHFUL, LOW_NOISE, FLAT)
+    grid = dataclasses.replace(
+        laptop.grid,
+        methods=("ntk-sap", *controls, "synflow", "snip", "grasp", "erk", "random"),
+        seeds=(0, 1, 2, 3, 4),
+    )
+    return dataclasses.replace(
+        laptop,
+        name="closed-form",
+        about="NTK-SAP's closed form in three modes beside the published estimator and its shuffled masks; five seeds.",
+        grid=grid,
+        notes=(
+            "The three modes: ntk-sap-analytic is faithful (epsilon as published, chi-square noise), "
+            "epsilon=0,noise=lognormal is low-noise, positions=flat also ignores the borders of maps.",
+            "Every mask is drawn afresh for every seed.",
+            *laptop.notes,
         ),
     )
