@@ -47,7 +47,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     Args:
         model: Any `nn.Module`, on any device, in any mode.
         method: A name of `METHODS` ("ntk-sap", "random", "erk", "magnitude", "snip", "iter-snip", "force", "grasp",
-            "synflow", ...), an import path "package.module:object", a `Method`, a `Procedure`, or a criterion.
+            "synflow", "obs", "ntt", ...), an import path "package.module:object", a `Method`, a `Procedure`, or a
+            criterion.
         density: Share of the prunable weights to keep, (0, 1]. Exactly one of these three words is given, or none where
             `allocation` brings a density with it.
         sparsity: 1 - density, [0, 1).
