@@ -11,6 +11,7 @@ import torch
 import sapwood
 from nets import labelled, mlp
 from sapwood import METHODS
+from sapwood.methods import AFTER_TRAINING
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,3 +72,21 @@ def test_the_page_on_kernels(capsys):
     exec(compile(source, "docs/ntk.md", "exec"), space)
     assert space["sparse"].shape == (60, 60)
     assert len(capsys.readouterr().out.split()) == 2
+
+
+def test_the_page_on_pruning_after_training():
+    """Its code as printed, on a small network; the methods that it names are there."""
+    text = (ROOT / "docs/after-training.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \|", text, flags=re.MULTILINE)
+    assert set(rows) == {*AFTER_TRAINING, "obs", "ntt"}
+    model, (batch,) = mlp(4, 32, 3), labelled((4,))
+    space = {
+        "model": model,
+        "images": batch[0],
+        "labels": batch[1],
+        "loader": [batch],
+        "masks": sapwood.Masks.dense(sapwood.prunable(model)),
+    }
+    for block in python_blocks("docs/after-training.md"):
+        exec(compile(block, "after-training.md", "exec"), space)
+    sapwood.assert_masked(space["model"], space["result"].masks)

@@ -1,5 +1,6 @@
 """Methods with a loop of their own: the contract, and masks that begin from masks."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 
 from nets import labelled, mlp
-from sapwood import BudgetError, ConfigError, MaskError, Masks, prune
+from sapwood import BudgetError, ConfigError, Data, FunctionalModel, MaskError, Masks, prune
 from sapwood.allocation import Global, budget
+from sapwood.cli import main
 from sapwood.experiments.fields import parse_fields, parse_variant
 from sapwood.methods import METHODS
 from sapwood.methods.table import configured, criterion_fields, find
@@ -101,3 +103,21 @@ class TestWithin:
             prune(net(), method="magnitude", density=0.2, within=Masks.dense({"0.weight": torch.ones(3)}))
         with pytest.raises(MaskError, match=r"no entry for '2\.weight'"):
             prune(net(), method="magnitude", density=0.2, within=Masks.dense({"0.weight": torch.ones(5, 10)}))
+
+
+@pytest.mark.parametrize("method", ["obs", "ntt"])
+def test_what_goes_step_by_step_refuses_a_process_group(method):
+    alone = FunctionalModel.of(net())
+    together = dataclasses.replace(alone, group=object())
+    with pytest.raises(ConfigError, match="leave group out"):
+        METHODS[method].run(together, Data(tuple(labelled((10,)))), 0.5, torch.Generator())
+
+
+def test_the_command_says_that_a_mask_file_holds_no_weights(tmp_path, capsys):
+    out = tmp_path / "masks.safetensors"
+    typed = ["prune", "mlp", "--data", "digits", "--per-class", "1", "--density", "0.5", "--out", str(out)]
+    assert main([*typed, "--method", "obs", "--set", "block=8", "damping=1e-3"]) == 0
+    assert "obs also changes the weights" in capsys.readouterr().err
+    assert Masks.load(out).provenance["fields"]["block"] == 8
+    assert main([*typed, "--method", "imp", "--overwrite"]) == 2
+    assert "call sapwood.imp" in capsys.readouterr().err

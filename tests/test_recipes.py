@@ -275,6 +275,16 @@ def test_flops_are_those_of_the_authors_networks(name):
     assert cost.hours is None
 
 
+def test_pruning_after_training_counts_its_chain_once(monkeypatch):
+    laptop = load("cifar10-laptop")
+    grid = dataclasses.replace(laptop.grid, methods=("imp@rewind_epoch=1",), sparsities=(0.2, 0.36), seeds=(0,))
+    cost = estimate.estimate(dataclasses.replace(laptop, grid=grid), None)
+    epochs = laptop.train.epochs
+    assert cost.runs == 3 and cost.images == (epochs + 2 * (epochs - 1)) * 50_000
+    deeper = dataclasses.replace(grid, sparsities=(0.36,))  # its first level is still trained
+    assert estimate.estimate(dataclasses.replace(laptop, grid=deeper), None).runs == 3
+
+
 def test_images_and_hours(monkeypatch):
     monkeypatch.setattr(estimate, "speed", lambda *_: 1000.0)
     monkeypatch.setattr(estimate, "cores", lambda: 2)

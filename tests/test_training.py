@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sapwood.errors import ConfigError, DataError
 from sapwood.masks import Masks
-from sapwood.training import Epoch, TrainConfig, TrainResult, evaluate, fabric_for, train
+from sapwood.training import Epoch, TrainConfig, TrainResult, epochs_in, evaluate, fabric_for, train
 from sapwood.training.optim import build_optimizer, build_schedule
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -478,3 +478,30 @@ def test_a_callback_cannot_bring_pruned_weights_back() -> None:
     model, masks = net(), half()
     train(model, Blobs(), SHORT, masks=masks, on_epoch=lambda _: nn.init.ones_(model[0].weight))
     assert (model[0].weight[~masks["0.weight"]] == 0).all()
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "one-cycle"])
+def test_training_can_begin_at_a_later_epoch_of_its_schedule(tmp_path: Path, schedule: str) -> None:
+    whole_config = dataclasses.replace(SHORT, schedule=schedule)
+    whole = train(net(), Blobs(), whole_config)
+    late, path = dataclasses.replace(whole_config, start_epoch=4), tmp_path / "checkpoint.pt"
+    rest = train(net(), Blobs(), late)
+    assert [row["epoch"] for row in rest.history] == [5, 6]
+    assert [row["lr"] for row in rest.history] == pytest.approx([row["lr"] for row in whole.history[4:]])
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), Blobs(), late, checkpoint=path, on_epoch=stop_after(5))
+    assert epochs_in(path) == 5
+    resumed = train(net(), Blobs(), late, checkpoint=path)
+    assert [row["train_loss"] for row in resumed.history] == [row["train_loss"] for row in rest.history]
+    with pytest.raises(ConfigError, match=r"start_epoch must be below epochs \(6\)"):
+        dataclasses.replace(whole_config, start_epoch=6)
+
+
+def test_a_checkpoint_without_newer_settings_had_their_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), Blobs(), SHORT, checkpoint=path, on_epoch=stop_after(2))
+    content = torch.load(path, weights_only=True)
+    del content["config"]["start_epoch"]
+    torch.save(content, path)
+    assert len(train(net(), Blobs(), SHORT, checkpoint=path).history) == 6

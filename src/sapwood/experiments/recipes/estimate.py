@@ -10,6 +10,7 @@ import torch
 from sapwood.data import Dataset, Images
 from sapwood.data.augmentation import Augmentation
 from sapwood.errors import unknown_name
+from sapwood.experiments import levels
 from sapwood.experiments.cost import flops
 from sapwood.experiments.environment import cores
 from sapwood.experiments.material import Split, create_model
@@ -46,7 +47,7 @@ class Estimate:
     """The cost of a recipe's trainings; pruning comes on top (a few percent for NTK-SAP in the paper's settings).
 
     Attributes:
-        runs: Pruned and dense networks that are trained.
+        runs: Pruned and dense networks that are trained, intermediate levels included.
         images: Training images that pass through networks, over all runs and epochs.
         flops: Of one forward pass of one image, two a multiply-add; None where they cannot be counted.
         hours: Of training, with a run on every CPU core at a time, or one on a GPU; None without a probe.
@@ -64,10 +65,13 @@ def estimate(recipe: Recipe, device: torch.device | None) -> Estimate:
     Raises:
         SapwoodError: the recipe names what does not exist.
     """
-    runs = len(recipe.grid.runs(recipe.train))
+    configs = recipe.grid.runs(recipe.train)
+    every = {each.id: each for config in configs for each in (*levels.chain(config), config)}
+    runs = len(every)
     network = (recipe.grid.data, recipe.grid.resolution, recipe.grid.model)
     total = forward_flops(*network)
-    images = runs * recipe.train.epochs * FACTS[recipe.grid.data].images
+    epochs = sum(each.train.epochs - each.rewind_epoch for each in every.values())
+    images = epochs * FACTS[recipe.grid.data].images
     if device is None:
         return Estimate(runs, images, total, None)
     batch, workers = recipe.train.batch_size, 1
