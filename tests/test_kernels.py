@@ -13,7 +13,7 @@ import torch
 from sapwood import Masks, ntk
 from sapwood.cli import main
 from sapwood.data import load, pruning_batches
-from sapwood.experiments import kernel_run, kernels
+from sapwood.experiments import kernel_figures, kernel_report, kernel_run, kernels
 from sapwood.experiments.config import Place
 from sapwood.experiments.kernels import KernelConfig, Network, Spectra
 from sapwood.experiments.material import create_model
@@ -121,9 +121,22 @@ def test_a_damaged_kernel_is_computed_again(tmp_path):
     assert other.eigenvalues != first.eigenvalues and len(list(tmp_path.glob("*.npz"))) == 2
 
 
+def test_of_a_large_kernel_the_leading_eigenvalues_are_kept(tmp_path, monkeypatch):
+    spectrum = ntk.spectrum
+    monkeypatch.setattr(ntk, "spectrum", lambda gram: spectrum(gram, leading=5, full_below=10))
+    model, x = torch.nn.Linear(6, 4), torch.randn(5, 6)
+    (found,) = kernels.compute(model, x, {"dense": None}, KernelConfig(), tmp_path)
+    assert (found.size, len(found.eigenvalues)) == (20, 5)
+    assert found.smallest is None is found.condition_number is found.effective_rank
+    kernel_report.write_page(Spectra({"model": "a", "data": "b", "images": 5}, (found,)), tmp_path, "typed", {})
+    line = kernel_figures.spectra([found]).axes[0].lines[0]
+    assert line.get_xdata().tolist() == [15, 16, 17, 18, 19]
+    assert (tmp_path / "ntk.csv").read_text().endswith(",\n")
+
+
 def spectra_of(*labels):
     values = tuple(float(v) for v in range(30, 0, -1))
-    one = Network("dense", 0.0, values, 465.0, 30.0, 25.0, 2 / 30, None, None, 1.0)
+    one = Network("dense", 0.0, 30, values, 465.0, 30.0, 25.0, 2 / 30, None, None, 1.0)
     others = [
         replace(one, label=label, sparsity=0.98, alignment=0.75, distance=0.5, condition_number=None)
         for label in labels
@@ -143,7 +156,7 @@ def test_the_report_shows_kernels_where_they_were_computed(tmp_path):
     said = " ".join("".join(page.text).split())
     assert "Tangent kernels" in said and "0.750" in said and "a<b>" in said
     markdown = (tmp_path / "with/report.md").read_text(encoding="utf-8")
-    assert "| snip | 98.00 % | 465 | 30 | 1 | inf | 25 | 0.750 | 6.67e-02 |" in markdown
+    assert "| snip | 98.00 % | 465 | 30 | 1 |  | 25 | 0.750 | 6.67e-02 |" in markdown
     assert (tmp_path / "with/figures/spectra.svg").is_file()
     (tmp_path / "with/ntk.json").write_text("{")
     assert Spectra.load(tmp_path / "with/ntk.json") is None

@@ -9,23 +9,25 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from sapwood.experiments.config import DENSE
 from sapwood.experiments.figures import _axes, _legend
+from sapwood.experiments.kernels import Network
 from sapwood.experiments.looks import INK, MUTED, Look, looks
 from sapwood.ntk import Dynamics
 
 EVERY = 9  # markers on a curve
 
 
-def spectra(eigenvalues: Mapping[str, Sequence[float]]) -> Figure:
+def spectra(networks: Sequence[Network]) -> Figure:
     """Sorted eigenvalues on a log scale, the smallest on the left; the dense network is drawn in black, dashed.
 
     Args:
-        eigenvalues: Descending, by label; those that are zero up to rounding are left out.
+        networks: Their eigenvalues are drawn but for those that are zero up to rounding.
     """
     with _axes((5.2, 3.8)) as (figure, axes):
-        for label, look in _looks(list(eigenvalues)).items():
-            values = eigenvalues[label]
+        by_label = {network.label: network for network in networks}
+        for label, look in _looks(list(by_label)).items():
+            values, size = by_label[label].eigenvalues, by_label[label].size
             floor = max(values[0], 0.0) * 1e-12
-            points = [(index, v) for index, v in enumerate(reversed(values)) if v > floor]
+            points = [(index, v) for index, v in enumerate(reversed(values), size - len(values)) if v > floor]
             axes.plot(
                 [i for i, _ in points],
                 [v for _, v in points],

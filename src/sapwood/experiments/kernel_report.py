@@ -28,7 +28,7 @@ def write_page(
     spectra: Spectra, out: Path, command: str, setup: Mapping[str, str], dynamics: Mapping[str, Dynamics] | None = None
 ) -> Path:
     """Writes ntk.html, ntk.csv, ntk.json and figures/ (and dynamics.json) into a folder; returns the page's path."""
-    drawn = {"spectra": kernel_figures.spectra({n.label: n.eigenvalues for n in spectra.networks})}
+    drawn = {"spectra": kernel_figures.spectra(spectra.networks)}
     if dynamics:
         drawn |= {"dynamics-loss": kernel_figures.training(dynamics), "dynamics-kernel": kernel_figures.drift(dynamics)}
         store.write_json(out / DYNAMICS, {label: dataclasses.asdict(found) for label, found in dynamics.items()})
@@ -50,7 +50,7 @@ def write_page(
 
 def section(spectra: Spectra, out: Path) -> dict[str, Any]:
     """What the report of a comparison shows of kernels: the figure, which is saved with the others, and the numbers."""
-    figure = kernel_figures.spectra({network.label: network.eigenvalues for network in spectra.networks})
+    figure = kernel_figures.spectra(spectra.networks)
     figures.save(figure, out / "figures" / "spectra")
     return {"settings": spectra.settings, "networks": spectra.networks, "figure": figures.inline(figure, "spectra")}
 
@@ -67,7 +67,7 @@ def table(networks: Sequence[Network]) -> Table:
             f"{100 * n.sparsity:.2f} %",
             f"{n.trace:.3g}",
             f"{n.eigenvalues[0]:.3g}",
-            f"{n.eigenvalues[-1]:.3g}",
+            "" if n.smallest is None else f"{n.smallest:.3g}",
             _number(n.condition_number),
             _number(n.effective_rank),
             "" if n.alignment is None else f"{n.alignment:.3f}",
@@ -77,7 +77,7 @@ def table(networks: Sequence[Network]) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "inf" if value is None else f"{value:,.0f}"
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _csv(networks: Sequence[Network]) -> str:
@@ -87,5 +87,6 @@ def _csv(networks: Sequence[Network]) -> str:
     for n in networks:
         values = [getattr(n, name) for name in COLUMNS]
         short = [f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in values]
-        writer.writerow((*short, f"{n.eigenvalues[0]:.6g}", f"{n.eigenvalues[-1]:.6g}"))
+        smallest = "" if n.smallest is None else f"{n.smallest:.6g}"
+        writer.writerow((*short, f"{n.eigenvalues[0]:.6g}", smallest))
     return text.getvalue()

@@ -52,10 +52,11 @@ class Network:
     Attributes:
         label: What tables and figures call it; "dense" for the unpruned one.
         sparsity: Share of the prunable weights removed.
-        eigenvalues: All of them, descending.
+        size: Number of outputs, and so of eigenvalues.
+        eigenvalues: Descending: all of them up to size 4096, else the hundred largest.
         trace: Their sum.
-        condition_number: Largest over smallest; None where the smallest is zero.
-        effective_rank: Exponential of the entropy of the spectrum.
+        condition_number: Largest over smallest; None where the smallest is zero or unknown.
+        effective_rank: Exponential of the entropy of the spectrum; None where not all of it is known.
         largest_stable_lr: 2 / largest eigenvalue, for the sum of squared errors / 2.
         alignment: Centred alignment with the dense kernel; None without one.
         distance: Relative Frobenius distance from the dense kernel.
@@ -64,6 +65,7 @@ class Network:
 
     label: str
     sparsity: float
+    size: int
     eigenvalues: tuple[float, ...]
     trace: float
     condition_number: float | None
@@ -72,6 +74,11 @@ class Network:
     alignment: float | None
     distance: float | None
     seconds: float
+
+    @property
+    def smallest(self) -> float | None:
+        """The smallest eigenvalue, if it is known."""
+        return self.eigenvalues[-1] if len(self.eigenvalues) == self.size else None
 
 
 @dataclass(frozen=True)
@@ -143,12 +150,13 @@ def compute(
 
 
 def _network(label: str, masks: Masks | None, gram: Tensor, dense: Tensor | None, seconds: float) -> Network:
-    spectrum = ntk.spectrum(gram, full_below=len(gram))
+    spectrum = ntk.spectrum(gram)
     condition = spectrum.condition_number
     compared = None if masks is None else dense
     return Network(
         label=label,
         sparsity=0.0 if masks is None else round(masks.sparsity, 6),
+        size=len(gram),
         eigenvalues=tuple(spectrum.values.tolist()),
         trace=float(gram.diagonal().double().sum()),
         condition_number=None if condition in (None, float("inf")) else condition,
