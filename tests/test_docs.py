@@ -51,7 +51,10 @@ def test_the_readme_trains_a_torchvision_model(monkeypatch, capsys):
     assert "fc.weight" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["sapwood", "sapwood.masks", "sapwood.methods.front", "sapwood.methods.imp"])
+MODULES = ["", ".masks", ".methods.front", ".methods.imp", ".methods.check"]
+
+
+@pytest.mark.parametrize("module", [f"sapwood{name}" for name in MODULES])
 def test_doctests(module):
     results = doctest.testmod(importlib.import_module(module))
     assert results.attempted and not results.failed
@@ -90,3 +93,18 @@ def test_the_page_on_pruning_after_training():
     for block in python_blocks("docs/after-training.md"):
         exec(compile(block, "after-training.md", "exec"), space)
     sapwood.assert_masked(space["model"], space["result"].masks)
+
+
+def test_the_page_on_the_closed_form(capsys):
+    """Its code runs, and the rule that it adds is taken."""
+    from sapwood.moments import RULES
+
+    use, extend = python_blocks("docs/closed-form.md")
+    exec(compile(use, "docs/closed-form.md", "exec"), {})
+    assert "The closed form fits this network" in capsys.readouterr().out
+    try:
+        exec(compile(extend, "docs/closed-form.md", "exec"), {})
+        model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Hardswish(), torch.nn.Linear(6, 3))
+        assert sapwood.prune(model, method="ntk-sap-analytic", density=0.5, input_shape=(8,)).masks.kept == 33
+    finally:
+        RULES.pop(torch.nn.functional.hardswish, None)

@@ -125,7 +125,7 @@ def prepared(build, density: float = 0.75):
 def test_moments_of_the_output_and_scores(name):
     build, shape, batch, tolerance = NETS[name]
     model, net, masks = prepared(build)
-    draws = Draws(model, shape, masks, draws=300 if len(shape) > 2 else 600, batch=batch)
+    draws = Draws(model, shape, masks, draws=200 if len(shape) > 2 else 500, batch=batch)
     leaves = {n: mask.double() for n, mask in masks.items()}
     output = propagate(traced(net, shape), weights(net, leaves, 0.0), constants(net))
     found, expected = of(output), moments(*draws.values(), output.channels[0])

@@ -63,9 +63,9 @@ def attention(  # noqa: PLR0913  # torch's own signature
         cross = plus(overlap * ((value.clean.raw + value.noisy.raw) / 2).mean(2, keepdim=True), times(
             value.crossed(), 1 - overlap))  # fmt: skip
     shape = (*query.shape[:3], value.shape[3])
-    full = [None if m is None else m.expand(shape) for m in (cross, td, to)]
+    cross, td, to = (None if m is None else m.expand(shape) for m in (cross, td, to))
     whole = _spread(clean, shape)
-    return Moments(call.shape, (1, 3), whole, _spread(noisy, shape) if value.finite else whole, *full)
+    return Moments(call.shape, (1, 3), whole, _spread(noisy, shape) if value.finite else whole, cross, td, to)
 
 
 class _Head:
@@ -167,8 +167,8 @@ def multi_head_attention(  # noqa: PLR0913  # torch's own signature
 
         return x.map(heads_apart, torch.Size((1, heads, x.shape[0], size)), (1, 3))
 
-    mixed = attention(dataclasses.replace(call, shapes=(torch.Size((1, heads, query.shape[0], size)),)),
-                      *map(split, projected))  # fmt: skip
+    inner = dataclasses.replace(call, shapes=(torch.Size((1, heads, query.shape[0], size)),))
+    mixed = attention(inner, *(split(x) for x in projected))  # type: ignore[arg-type]
 
     def together(moment: Tensor) -> Tensor:
         return moment.permute(2, 0, 1, 3).reshape(query.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import resolve_name
@@ -16,6 +16,7 @@ from torch.overrides import resolve_name
 from sapwood.errors import UnsupportedModelError
 
 Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 WAY_OUT = 'use method="ntk-sap" (Monte Carlo), which runs any model'
 
@@ -48,22 +49,24 @@ class Call:
         return UnsupportedModelError(f"{self.name} ({self.where}): {reason}; {WAY_OUT}.")
 
 
-def rule(*operations: Any) -> Callable[[Rule], Rule]:
+def rule(*operations: Any) -> Callable[[R], R]:
     """Registers a moment rule for operations: functions of torch (`F.conv2d`) or methods (`torch.Tensor.view`).
 
     A later rule for the same operation replaces the earlier one.
 
     Example:
-        Hardtanh far from saturation is nearly the identity; whoever is content with that says:
+        A pointwise function by quadrature:
 
         >>> import torch
         >>> from sapwood.moments import rule
-        >>> @rule(torch.nn.functional.hardtanh)
-        ... def hardtanh(call, x, min_val=-1.0, max_val=1.0, inplace=False):
-        ...     return x
+        >>> from sapwood.moments.gates import passed
+        >>> from sapwood.moments.smooth import Smooth
+        >>> @rule(torch.nn.functional.hardswish)
+        ... def hardswish(call, x, inplace=False):
+        ...     return passed(call, x, Smooth(torch.nn.functional.hardswish))
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: R) -> R:
         for operation in operations:
             RULES[operation] = function
         return function

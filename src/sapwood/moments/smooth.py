@@ -54,7 +54,8 @@ class Smooth:
         spread = variance(side)
         deviation = root(spread)
         correlation = (shared / spread.clamp_min(TINY)).clamp(0, 1)
-        return _checkpointed(self._series, side.mean, deviation, correlation, x)
+        found: tuple[Passed, Tensor, Tensor] = _checkpointed(self._series, side.mean, deviation, correlation, x)
+        return found
 
     def _series(
         self, mean: Tensor | None, deviation: Tensor, correlation: Tensor, x: Moments

@@ -92,5 +92,6 @@ class Group:
         axes, first = self.x.channels, self.x.channels[0]
         if self.groups == 1:
             return moment.mean(axes, keepdim=True)
-        split = moment.unflatten(first, (self.groups, -1))
-        return split.mean(first + 1, keepdim=True).expand_as(split).flatten(first, first + 1)
+        shape = moment.shape
+        split = moment.reshape(*shape[:first], self.groups, -1, *shape[first + 1 :])
+        return split.mean(first + 1, keepdim=True).expand_as(split).reshape(shape)

@@ -82,7 +82,8 @@ def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Moments:
     if x.cross is not None or y.cross is not None:
         mixed = plus(x.product(x.noisy.mean, y.clean.mean), x.product(y.noisy.mean, x.clean.mean))
         cross = plus(plus(x.crossed(), y.crossed()), mixed)
-    return x.replace(clean=clean, noisy=noisy, cross=cross, td=plus(x.td, y.td), to=plus(x.to, y.to))
+    out: Moments = x.replace(clean=clean, noisy=noisy, cross=cross, td=plus(x.td, y.td), to=plus(x.to, y.to))
+    return out
 
 
 def _sum(x: Moments, y: Moments, a: Side, b: Side) -> Side:
