@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import sapwood.experiments.run as runs
+import sapwood.experiments.stages as runs
 from nets import NETS
 from sapwood import Masks
 from sapwood.experiments import cost, store

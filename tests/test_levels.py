@@ -133,6 +133,7 @@ class TestConfigs:
             ("imp@rate=1.5", r"rate is 1\.5"),
             ("imp@rewind_epoch=2", r"start_epoch must be below epochs \(2\)"),
             ("magnitude-after@rewind_epoch=1", "nothing is rewound"),
+            ("imp@control=reinit", "reinit is for pruning before training"),
             ("imp@rewind_epoch=x", "takes a value of type int"),
         ],
     )

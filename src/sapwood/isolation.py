@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,7 +30,9 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # no recompilation for every new set of weights
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it would take a second
+            # No recompilation for every new set of weights.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for kind in filter(torch.amp.is_autocast_available, {"cpu", device.type}):
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:

@@ -56,6 +56,8 @@ def check(config: RunConfig) -> None:
         raise unknown_name("way of retraining", config.retrain, RETRAINING)
     if config.method == DENSE:
         raise ConfigError("retrain needs a pruning method; the dense network is trained once.")
+    if config.control == "reinit":
+        raise ConfigError("The control reinit is for pruning before training: trained weights are not initial ones.")
     if config.retrain == "fine-tune" and config.rewind_epoch:
         raise ConfigError("rewind_epoch is for rewind-weights and rewind-lr; with fine-tune nothing is rewound.")
     level_densities(config.density, config.rate)
