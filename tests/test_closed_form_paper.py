@@ -42,4 +42,4 @@ def test_vgg16_allocates_roughly_as_the_published_estimator():
     closed = prune(model, method="ntk-sap-analytic", density=DENSITY, input_shape=SHAPE)
     few = Method(NtkSap(resamples=3, samples=16, batch_size=16), rounds=20)
     drawn = prune(model, method=few, density=DENSITY, input_shape=SHAPE)
-    assert variation(mean_allocation([closed]), mean_allocation([drawn])) <= 0.15
+    assert variation(mean_allocation([closed]), mean_allocation([drawn])) <= 0.2

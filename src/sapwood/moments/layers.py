@@ -30,7 +30,7 @@ Contraction = Callable[[Tensor, Tensor], Tensor]
 
 
 def contracted(
-    x: Moments, weight: Weight, contract: Contraction, kernels: tuple[Tensor, Tensor], shape: torch.Size, channel: int
+    x: Moments, weight: Weight, contract: Contraction, kernels: tuple[Tensor, Tensor], call: Call, channel: int
 ) -> Moments:
     """Moments of `sum w x`.
 
@@ -39,8 +39,8 @@ def contracted(
         weight: The weight.
         contract: `contract(moment, kernel)` sums a moment with a kernel in the weight's place.
         kernels: `v` for pairs of samples and for pairs of positions, border effects included.
-        shape: Shape of the output.
-        channel: Its channel axis.
+        call: The operation.
+        channel: The output's channel axis.
     """
     samples, positions = kernels
     pairs = x.pair(x.clean), x.pair(x.noisy) if x.finite else None
@@ -49,13 +49,13 @@ def contracted(
     raw = [x.clean.raw, plus(x.td, x.noisy.raw * weight.per_variance if weight.per_variance else None)]
     raw.append(x.noisy.raw * grown if x.finite else None)
     clean, td, noisy = _together(contract, raw, weight.v)
-    off = [pairs[0], times(pairs[1], grown), x.crossed() if x.finite else None]
+    off = [pairs[0], None if call.normed else times(pairs[1], grown), x.crossed() if x.finite else None]
     pair, pair_noisy, cross = _together(contract, off, samples)
     (to,) = _together(contract, [plus(x.to, times(source, weight.per_variance))], positions)
     assert clean is not None
     side = Side(clean, None, pair)
     other = Side(noisy, None, pair_noisy) if noisy is not None else side
-    return Moments(shape, (channel,), side, other, cross, td, to)
+    return Moments(call.shape, (channel,), side, other, cross, td, to)
 
 
 def _together(contract: Contraction, moments: list[Tensor | None], kernel: Tensor) -> list[Tensor | None]:
@@ -76,7 +76,7 @@ def linear(call: Call, x: Moments, weight: Weight, bias: Tensor | None = None) -
     if x.channels != (last,) and (x.td is not None or x.clean.mean is not None or x.clean.pair is not None):
         raise call.refuse("a linear layer along positions (pixels, tokens) has no moment rule")
     matrix = weight.v.flatten(1)
-    out = contracted(_flat_input(x, last), weight, F.linear, (matrix, matrix), call.shape, len(call.shape) - 1)
+    out = contracted(_flat_input(x, last), weight, F.linear, (matrix, matrix), call, len(call.shape) - 1)
     return out if bias is None else shifted(out, bias)
 
 
@@ -115,7 +115,7 @@ def convolution(
         def contract(moment: Tensor, kernel: Tensor) -> Tensor:
             return CONVOLVE[dims](moment, kernel, groups=groups)
 
-        out = contracted(x, _with(weight, summed), contract, (summed, summed), call.shape, 1)
+        out = contracted(x, _with(weight, summed), contract, (summed, summed), call, 1)
     else:
         inside = tap_counts(x.shape[2:], call.shape[2:], tuple(weight.v.shape[2:]), stride, padding, dilation)
         inside = inside.to(weight.v)
@@ -125,7 +125,7 @@ def convolution(
             return CONVOLVE[dims](moment, kernel, None, stride, padding, dilation, groups)
 
         kernels = weight.v * (inside / positions), weight.v * ((inside - 1) / max(positions - 1, 1)).clamp_min(0)
-        out = contracted(x, weight, contract, kernels, call.shape, 1)
+        out = contracted(x, weight, contract, kernels, call, 1)
     return out if bias is None else shifted(out, bias.reshape(-1, *[1] * dims))
 
 

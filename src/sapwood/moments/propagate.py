@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from sapwood.errors import UnsupportedModelError
@@ -37,13 +38,14 @@ def propagate(
     """
     first = next(iter(weights.values())).v
     values: dict[int, Any] = {0: _white(trace.input_shape, first, epsilon, flat)}
-    last = _last_uses(trace)
+    last, used = _last_uses(trace), _users(trace)
     _refuse_shared(trace, weights)
     for number, operation in enumerate(trace.operations):
         args, kwargs = pytree.tree_map(
             lambda leaf: _resolved(leaf, values, weights, constants), (operation.args, operation.kwargs)
         )
-        result = _apply(operation, args, kwargs, epsilon, flat)
+        normed = all(used.get(index) == {F.batch_norm} for index in operation.results)
+        result = _apply(operation, args, kwargs, (epsilon, flat, normed))
         leaves = operation.structure.flatten_up_to(result)
         for index, leaf in zip(operation.results, leaves, strict=True):
             values[index] = leaf
@@ -55,7 +57,7 @@ def propagate(
     return output
 
 
-def _apply(operation: Operation, args: Any, kwargs: Any, epsilon: float, flat: bool) -> Any:
+def _apply(operation: Operation, args: Any, kwargs: Any, setting: tuple[float, bool, bool]) -> Any:
     leaves = pytree.tree_leaves((args, kwargs))
     if not any(isinstance(leaf, Moments | Weight) for leaf in leaves):
         with torch.no_grad():
@@ -67,7 +69,7 @@ def _apply(operation: Operation, args: Any, kwargs: Any, epsilon: float, flat: b
             f"The closed form has no moment rule for {name} ({operation.where}): {WAY_OUT}, or register one with "
             "sapwood.moments.rule."
         )
-    call = Call(name, operation.where, operation.shapes, epsilon, flat)
+    call = Call(name, operation.where, operation.shapes, *setting)
     try:
         return found(call, *args, **kwargs)
     except (TypeError, AttributeError) as error:
@@ -103,6 +105,16 @@ def _last_uses(trace: Trace) -> dict[int, list[int]]:
     for index, number in last.items():
         uses.setdefault(number, []).append(index)
     return uses
+
+
+def _users(trace: Trace) -> dict[int, set[Any]]:
+    """The functions that take a result in."""
+    users: dict[int, set[Any]] = {}
+    for operation in trace.operations:
+        for leaf in pytree.tree_leaves((operation.args, operation.kwargs)):
+            if isinstance(leaf, Value):
+                users.setdefault(leaf.index, set()).add(operation.function)
+    return users
 
 
 def _refuse_shared(trace: Trace, weights: Mapping[str, Weight]) -> None:

@@ -31,6 +31,7 @@ class Call:
         shapes: Shapes of the tensors that it returns in the network, in order.
         epsilon: Variance of the perturbation; 0 is the limit.
         flat: Whether positions are taken as alike (their axes have size one).
+        normed: Whether only BatchNorms use the result, which do not look at the perturbed network's pair moment.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Call:
     shapes: tuple[torch.Size, ...]
     epsilon: float
     flat: bool
+    normed: bool = False
 
     @property
     def shape(self) -> torch.Size:

@@ -23,6 +23,7 @@ from sapwood.moments.state import Moments, Side, plus
 
 NODES = 24
 TERMS = 6
+GROUP = 500_000
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,28 @@ class Smooth:
         return first
 
     def _moments(self, mean: Tensor | None, deviation: Tensor) -> Passed:
+        values, slopes, raw, square = self._projected(mean, deviation, 1)
+        return Passed(values[0], raw, slopes[0], square)
+
+    def _projected(self, mean: Tensor | None, deviation: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hermite coefficients of f and f' (terms first), E f^2 and E f'^2; nodes in groups that fit the cache."""
+        nodes, weights = (torch.tensor(t, dtype=torch.float64).to(deviation) for t in hermite(NODES))
+        basis = torch.tensor([polynomials(node)[:terms] for node in hermite(NODES)[0]], dtype=torch.float64)
+        basis = basis.to(deviation) * weights[:, None]
+        group = max(1, min(NODES, GROUP // max(deviation.numel(), 1)))
         total: list[Tensor | None] = [None] * 4
-        for node, weight in zip(*hermite(NODES), strict=True):
-            u = deviation * node if mean is None else mean + deviation * node
-            value, slope = self._both(u)
-            terms = (value, value.square(), slope, slope.square())
-            total = [plus(sum_, weight * term) for sum_, term in zip(total, terms, strict=True)]
-        return Passed(*(term for term in total if term is not None))
+        for some, weight, columns in zip(*(torch.split(t, group) for t in (nodes, weights, basis)), strict=True):
+            u = deviation * some.reshape(-1, *[1] * deviation.dim())
+            value, slope = self._both(u if mean is None else u + mean)
+            found = (
+                torch.tensordot(columns.mT, value, 1),
+                torch.tensordot(columns.mT, slope, 1),
+                torch.tensordot(weight, value.square(), 1),
+                torch.tensordot(weight, slope.square(), 1),
+            )
+            total = [plus(sum_, part) for sum_, part in zip(total, found, strict=True)]
+        values, slopes, raw, square = (part for part in total if part is not None)
+        return values, slopes, raw, square
 
     def series(self, x: Moments, side: Side, shared: Tensor) -> tuple[Passed, Tensor, Tensor]:
         """Correlated pre-activations: E[f(u) f(u')] = sum over n of correlation^n a_n a_n' with Hermite coefficients.
@@ -60,18 +76,8 @@ class Smooth:
     def _series(
         self, mean: Tensor | None, deviation: Tensor, correlation: Tensor, x: Moments
     ) -> tuple[Passed, Tensor, Tensor]:  # fmt: skip
-        values: list[Tensor | None] = [None] * TERMS
-        slopes: list[Tensor | None] = [None] * TERMS
-        raw: Tensor | None = None
-        square: Tensor | None = None
-        for node, weight in zip(*hermite(NODES), strict=True):
-            value, slope = self._both(deviation * node if mean is None else mean + deviation * node)
-            raw, square = plus(raw, weight * value.square()), plus(square, weight * slope.square())
-            for n, polynomial in enumerate(polynomials(node)):
-                values[n] = plus(values[n], weight * polynomial * value)
-                slopes[n] = plus(slopes[n], weight * polynomial * slope)
+        values, slopes, raw, square = self._projected(mean, deviation, TERMS)
         pair, both = _sum(values, correlation, x), _sum(slopes, correlation, x)
-        assert raw is not None and square is not None and values[0] is not None and slopes[0] is not None
         return Passed(values[0], raw, slopes[0], square), pair, both
 
     def value(self, u: Tensor) -> Tensor:
@@ -87,10 +93,9 @@ class Smooth:
         return both
 
 
-def _sum(coefficients: list[Tensor | None], correlation: Tensor, x: Moments) -> Tensor:
+def _sum(coefficients: Tensor, correlation: Tensor, x: Moments) -> Tensor:
     total, power = torch.zeros_like(correlation), torch.ones_like(correlation)
     for coefficient in coefficients:
-        assert coefficient is not None
         total, power = total + power * coefficient * x.average(coefficient), power * correlation
     return total
 
