@@ -14,7 +14,7 @@ from sapwood.batches import Data, filled, resized
 from sapwood.criteria.ntk_sap import mask_gradient
 from sapwood.criteria.ntk_sap_analytic import NtkSapAnalytic
 from sapwood.errors import ConfigError
-from sapwood.fresh import fresh_parameters
+from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.isolation import isolated, unwrapped
 from sapwood.masks import Masks, clean_name, text_table
@@ -127,7 +127,7 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
         template = data.templates()[0]
         factors: dict[str, list[float]] = {name: [] for name in net.prunable}
         for _ in range(draws):
-            inputs = filled(resized(template, batch_size), lambda t: _normal(t.to(net.device, net.dtype), generator))
+            inputs = filled(resized(template, batch_size), lambda t: normal(t.to(net.device, net.dtype), generator))
             drawn = (estimator or finite_difference)(net, masks, inputs, epsilon, generator)
             for name, gradient in drawn.items():
                 factors[name].append(_factor(gradient / (batch_size * epsilon), closed[name], masks[name]))
@@ -139,7 +139,7 @@ def finite_difference(
 ) -> Params:
     """The published estimator on one draw (`sapwood.criteria.ntk_sap`)."""
     params = fresh_parameters(net, generator)
-    noise = {name: math.sqrt(epsilon) * _normal(params[name], generator) for name in net.prunable}
+    noise = {name: math.sqrt(epsilon) * normal(params[name], generator) for name in net.prunable}
     return mask_gradient(net, masks, params, noise, inputs)
 
 
@@ -161,7 +161,3 @@ def _compared(factors: dict[str, list[float]], draws: int, seconds: float) -> Sc
     log_sd = float(logs.std(correction=0)) if bool(logs.isfinite().all()) else math.inf
     noise = math.sqrt(sum(error**2 for error in errors.values()) / len(errors))
     return ScoreCheck(ratios, errors, log_sd, noise, draws, seconds)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
