@@ -19,7 +19,7 @@ from sapwood.experiments.kernels import KernelConfig, Network, Spectra
 from sapwood.experiments.material import create_model
 from test_report import Page, outcome, rewritten
 
-RUN = ["ntk", "resnet8", "--sparsity", "0.9", "--per-class", "1", "--batch-size", "5"]
+RUN = ["ntk", "mlp", "--sparsity", "0.9", "--per-class", "1", "--batch-size", "5"]
 METHODS = ["--method", "magnitude", "random@control=shuffle"]
 
 
@@ -35,7 +35,7 @@ def test_numbers_are_those_of_the_library(out):
     found = {network.label: network for network in Spectra.load(out / "ntk.json").networks}
     assert list(found) == ["dense", "magnitude", "random@control=shuffle"]
     data = load("digits")
-    model = create_model("resnet8", data, 0)
+    model = create_model("mlp", data, 0)
     (images, _), *_ = pruning_batches(data, per_class=1, seed=0)
     files = [Masks.load(file) for file in out.glob("masks/*/masks.safetensors")]
     (masks,) = [m for m in files if m.provenance["method"] == "magnitude"]
@@ -57,7 +57,7 @@ def test_page_csv_and_figures(out):
     assert page.open == [] and page.tags.count("svg") == 3
     assert all(link.startswith("#") for link in page.links) and "<script" not in text
     said = " ".join("".join(page.text).split())
-    assert "resnet8 on digits" in said and "sapwood ntk resnet8 --sparsity 0.9" in said
+    assert "mlp on digits" in said and "sapwood ntk mlp --sparsity 0.9" in said
     assert "images a batch: 5" in said and "random@control=shuffle" in said
     used = set(re.findall(r"var\((--[a-z0-9-]+)\)", text))
     assert used <= set(re.findall(r"(--[a-z0-9-]+):", text))
