@@ -292,6 +292,9 @@ def test_other_processes_leave_the_words_to_the_first(tmp_path, capsys, monkeypa
     class Second:
         is_global_zero, world_size, device = False, 2, torch.device("cpu")
 
+        def barrier(self):
+            """There is nobody to wait for."""
+
     monkeypatch.setattr("sapwood.cli.flags.fabric_for", lambda *settings: Second())
     monkeypatch.setattr("sapwood.cli.train.run", lambda *_, **__: None)
     typed = ["train", "mlp", *QUICK, "--devices", "2", "--out", str(tmp_path / "run")]

@@ -1,7 +1,6 @@
 """`sapwood ntk`, its page, and the tangent kernels in the report of a comparison."""
 
 import csv
-import json
 import re
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -13,7 +12,7 @@ import torch
 from sapwood import Masks, ntk
 from sapwood.cli import main
 from sapwood.data import load, pruning_batches
-from sapwood.experiments import kernel_figures, kernel_report, kernel_run, kernels
+from sapwood.experiments import kernel_figures, kernel_report, kernel_run, kernels, store
 from sapwood.experiments.config import Place
 from sapwood.experiments.kernels import KernelConfig, Network, Spectra
 from sapwood.experiments.material import create_model
@@ -68,7 +67,7 @@ def test_page_csv_and_figures(out):
         rows = list(csv.DictReader(file))
     found = Spectra.load(out / "ntk.json").networks
     assert [float(row["largest"]) for row in rows] == pytest.approx([n.eigenvalues[0] for n in found], rel=1e-5)
-    trained = json.loads((out / "dynamics.json").read_text())
+    trained = store.read_json(out / "dynamics.json")
     assert list(trained) == [n.label for n in found]
     assert len({d["rate"] for d in trained.values()}) == 1
     assert all(len(d["loss"]) == len(d["predicted"]) == 5 for d in trained.values())
@@ -81,7 +80,7 @@ def test_a_second_call_computes_nothing_again(out, monkeypatch):
 
     before = (out / "ntk.csv").read_text()
     monkeypatch.setattr(ntk, "kernel", again)
-    monkeypatch.setattr(kernel_run, "masks_of_run", lambda *_: Masks.load(next(out.glob("masks/*/masks.safetensors"))))
+    monkeypatch.setattr(kernel_run, "pruned", lambda *_: Masks.load(next(out.glob("masks/*/masks.safetensors"))))
     assert main([*RUN, "--method", "magnitude", "--out", str(out)]) == 0
     assert (out / "ntk.csv").read_text().splitlines()[1] == before.splitlines()[1]
 
