@@ -80,7 +80,7 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
     input_shape: Iterable[int],
     *,
     masks: Masks | None = None,
-    draws: int = 200,
+    draws: int = 100,
     batch_size: int = 16,
     epsilon: float = 1e-4,
     seed: int = 0,
