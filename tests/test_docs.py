@@ -108,3 +108,27 @@ def test_the_page_on_the_closed_form(capsys):
         assert sapwood.prune(model, method="ntk-sap-analytic", density=0.5, input_shape=(8,)).masks.kept == 33
     finally:
         RULES.pop(torch.nn.functional.hardswish, None)
+
+
+@pytest.mark.parametrize(
+    ("page", "report"),
+    [("README.md", "results/cifar10-laptop/report.md"), ("docs/evidence.md", "results/closed-form/report.md")],
+)
+def test_accuracies_are_those_of_the_committed_runs(page, report):
+    """Every row of an accuracy on a page is a row of the report that the program wrote."""
+    shown = [line for line in (ROOT / page).read_text().splitlines() if re.match(r"\|.*\d\.\d ± \d", line)]
+    assert len(shown) >= 9 and set(shown) <= set((ROOT / report).read_text().splitlines())
+
+
+@pytest.mark.parametrize("recipe", ["cifar10-laptop", "closed-form"])
+def test_committed_runs_are_whole_and_give_the_committed_table(recipe):
+    import csv
+
+    from sapwood.experiments import store
+    from sapwood.experiments.recipes import load
+
+    found, out = load(recipe), ROOT / "results" / recipe
+    runs = {config.id: store.finished(out / "runs" / config.id, config) for config in found.grid.runs(found.train)}
+    with open(out / "results.csv", newline="", encoding="utf-8") as file:
+        table = {row["run"]: float(row["test_accuracy"]) for row in csv.DictReader(file)}
+    assert table == {name: result.test_accuracy for name, result in runs.items()}
