@@ -56,7 +56,7 @@ def main(text: str) -> None:
         print(json.dumps({"gemm_flops_a_second": gemm_rate()}))
         return
     plan = planned(changed(CASES[spec["case"]], spec["changes"]), spec["method"], spec["extent"])
-    _warm_up()
+    _warm_up(spec["method"])
     print(json.dumps(counted(plan) if spec["count"] else timed(plan)))
 
 
@@ -128,10 +128,14 @@ def gemm_rate(size: int = 1024, seconds: float = 1.0) -> float:
     return best
 
 
-def _warm_up() -> None:
-    """Loads what torch and Sapwood import at a first search: over a second, once a process, whatever the method."""
+def _warm_up(text: str) -> None:
+    """Loads what torch and Sapwood import at a first search with a method, once a process: up to over a second."""
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
-    sapwood.prune(model, method="ntk-sap", density=0.5, input_shape=(1, 4, 4), rounds=1, resamples=1, samples=2)
+    name = "ntk-sap" if text == PUBLISHED else parse_variant(text).method
+    labelled = [(torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))]
+    few = {"resamples": 1, "samples": 2} if name in ("ntk-sap", "ntk-sap-jvp") else {}
+    rounds = {"rounds": 1} if hasattr(METHODS[name], "rounds") else {}
+    sapwood.prune(model, method=name, density=0.5, input_shape=(1, 4, 4), batches=labelled, **rounds, **few)
 
 
 def _published(case: Case, model: torch.nn.Module, *, part: bool) -> Plan:
