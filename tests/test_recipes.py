@@ -173,7 +173,9 @@ def test_large_recipes_run_for_one_step(name, tmp_path, monkeypatch):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_method_of_every_recipe_runs_for_one_step(name, tmp_path, monkeypatch):
-    small = ["grid.resolution=32"] if load(name).grid.data in ("folder", "tiny-imagenet") else []
+    large = load(name).grid.data in ("folder", "tiny-imagenet")
+    # Maps of one pixel give BatchNorm no statistics of the single input that Algorithm 1 draws weights for.
+    small = ["grid.resolution=32"] if large and not name.endswith("as-written") else []
     one_step(name, None, tmp_path, monkeypatch, small)
 
 
