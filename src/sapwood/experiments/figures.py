@@ -54,7 +54,7 @@ def accuracy(summary: Summary, published: Published) -> Figure:
         summary: The numbers.
         published: Others' test accuracies, percent, by method and sparsity; drawn faintly.
     """
-    with _axes((4.7, 3.4)) as (figure, axes):
+    with axes_of((4.7, 3.4)) as (figure, axes):
         dense = summary.dense
         if dense.n:
             axes.axhspan(dense.mean - dense.std, dense.mean + dense.std, color=MUTED, alpha=0.15, linewidth=0)
@@ -80,7 +80,7 @@ def accuracy(summary: Summary, published: Published) -> Figure:
         axes.invert_xaxis()
         axes.set_xlabel("sparsity: weights removed, %")
         axes.set_ylabel("test accuracy, %")
-        _legend(figure)
+        legend(figure)
     return figure
 
 
@@ -95,7 +95,7 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float, order: 
     names = list(next(iter(densities.values())))
     positive = [d for by_layer in densities.values() for d in by_layer.values() if d > 0]
     bottom = min(positive, default=overall) / 2
-    with _axes((4.7, 3.4)) as (figure, axes):
+    with axes_of((4.7, 3.4)) as (figure, axes):
         axes.axhline(100 * overall, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label="all layers")
         for method, by_layer in densities.items():
             if control_of(method) not in SAME_LAYERS or subject_of(method) not in densities:
@@ -112,13 +112,13 @@ def layers(densities: Mapping[str, Mapping[str, float]], overall: float, order: 
             for label in axes.get_xticklabels():
                 label.set_horizontalalignment("right")
         axes.set_ylabel("density, % (log scale)")
-        _legend(figure)
+        legend(figure)
     return figure
 
 
 def curves(by_method: Mapping[str, Curve], label: str, order: Sequence[str], *, log: bool = False) -> Figure:
     """One line a method over the epochs; "dense" is drawn in grey."""
-    with _axes((3.5, 3.0)) as (figure, axes):
+    with axes_of((3.5, 3.0)) as (figure, axes):
         dense = {"color": MUTED, "linestyle": (0, (4, 3))}
         for method, points in by_method.items():
             look = dense if method == DENSE else looks(order)[method]
@@ -129,7 +129,7 @@ def curves(by_method: Mapping[str, Curve], label: str, order: Sequence[str], *, 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        _legend(figure, size=7.5)
+        legend(figure, size=7.5)
     return figure
 
 
@@ -161,7 +161,8 @@ def _no_metadata() -> dict[str, None]:
 
 
 @contextmanager
-def _axes(inches: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+def axes_of(inches: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of a size with one pair of axes, in the style of all figures."""
     with mpl.rc_context(_STYLE):
         figure = Figure(inches, layout="constrained")
         yield figure, figure.add_subplot()
@@ -175,7 +176,7 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _legend(figure: Figure, size: float = 9) -> None:
+def legend(figure: Figure, size: float = 9) -> None:
     """Above the axes, in as many columns as fit; the figure grows by the rows beyond the first two."""
     labels = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
     inches = size / 9 * (0.5 + 0.075 * max(map(len, labels), default=0))

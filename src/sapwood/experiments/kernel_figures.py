@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from sapwood.experiments.config import DENSE
-from sapwood.experiments.figures import _axes, _legend
+from sapwood.experiments.figures import axes_of, legend
 from sapwood.experiments.kernels import Network
 from sapwood.experiments.looks import INK, MUTED, Look, looks
 from sapwood.ntk import Dynamics
@@ -22,7 +22,7 @@ def spectra(networks: Sequence[Network]) -> Figure:
     Args:
         networks: Their eigenvalues are drawn but for those that are zero up to rounding.
     """
-    with _axes((5.2, 3.8)) as (figure, axes):
+    with axes_of((5.2, 3.8)) as (figure, axes):
         by_label = {network.label: network for network in networks}
         for label, look in _looks(list(by_label)).items():
             values, size = by_label[label].eigenvalues, by_label[label].size
@@ -40,13 +40,13 @@ def spectra(networks: Sequence[Network]) -> Figure:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("index of the eigenvalue, ascending")
         axes.set_ylabel("eigenvalue (log scale)")
-        _legend(figure, size=8)
+        legend(figure, size=8)
     return figure
 
 
 def training(dynamics: Mapping[str, Dynamics]) -> Figure:
     """Loss over the steps of gradient descent: real (lines) and as the initial kernel predicts (dotted)."""
-    with _axes((3.5, 3.2)) as (figure, axes):
+    with axes_of((3.5, 3.2)) as (figure, axes):
         for label, look in _looks(list(dynamics)).items():
             found = dynamics[label]
             start = found.loss[0]
@@ -60,19 +60,19 @@ def training(dynamics: Mapping[str, Dynamics]) -> Figure:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("step")
         axes.set_ylabel("loss, share of the initial one")
-        _legend(figure, size=7.5)
+        legend(figure, size=7.5)
     return figure
 
 
 def drift(dynamics: Mapping[str, Dynamics]) -> Figure:
     """Centred alignment of the kernel during training with the initial one."""
-    with _axes((3.5, 3.2)) as (figure, axes):
+    with axes_of((3.5, 3.2)) as (figure, axes):
         for label, look in _looks(list(dynamics)).items():
             found = dynamics[label]
             axes.plot(found.kernel_steps[: len(found.kept_alignment)], found.kept_alignment, label=label, **look)
         axes.set_xlabel("step")
         axes.set_ylabel("alignment with the initial kernel")
-        _legend(figure, size=7.5)
+        legend(figure, size=7.5)
     return figure
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sapwood.experiments import figures, kernel_figures, store
 from sapwood.experiments.kernels import RECORD, Network, Spectra
-from sapwood.experiments.report import _environment
+from sapwood.experiments.report import templates
 from sapwood.ntk import Dynamics
 
 PAGE, TABLE, DYNAMICS = "ntk.html", "ntk.csv", "dynamics.json"
@@ -44,7 +44,7 @@ def write_page(
         "setup": setup,
         "command": command,
     }
-    store.write_text(out / PAGE, _environment().get_template(f"{PAGE}.jinja").render(facts))
+    store.write_text(out / PAGE, templates().get_template(f"{PAGE}.jinja").render(facts))
     return out / PAGE
 
 

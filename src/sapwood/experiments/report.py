@@ -62,7 +62,7 @@ def write_report(
         "command": command,
         "kernels": _kernels(out),
     }
-    environment = _environment()
+    environment = templates()
     for file in (MARKDOWN, REPORT):
         store.write_text(out / file, environment.get_template(f"{file}.jinja").render(facts))
     return out / REPORT
@@ -112,7 +112,8 @@ def _kernels(out: Path) -> dict[str, Any] | None:
     return None if found is None else kernel_report.section(found, out)
 
 
-def _environment() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """The pages of the program, with the filters that they use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sapwood", "experiments"),
         autoescape=lambda name: name != f"{MARKDOWN}.jinja",

@@ -90,24 +90,21 @@ def run(
         if fabric is not None:
             model = gathered(model, fabric, fresh)
 
-        def written() -> RunResult:
-            if config.train.epochs in keep or config.rate is not None:  # further levels may be asked for later
-                weights.save(model, folder / store.WEIGHTS)
-            summary = dataclasses.replace(
-                _summary(model, masks, result, split),
-                environment=where,
-                init_hash=initial,
-                order_hash=order_hash(split, config.train.seed),
-                settings={} if masks is None else masks.provenance.get("fields", {}),
-                files=store.digests(folder),
-                prior_epochs=before.epochs,
-                prior_seconds=before.seconds,
-            )
-            store.write_result(folder, summary)
-            (folder / store.CHECKPOINT).unlink(missing_ok=True)
-            return summary
+        facts = {
+            "environment": where,
+            "init_hash": initial,
+            "order_hash": order_hash(split, config.train.seed),
+            "settings": {} if masks is None else masks.provenance.get("fields", {}),
+            "prior_epochs": before.epochs,
+            "prior_seconds": before.seconds,
+        }
+        wanted = config.train.epochs in keep or config.rate is not None  # further levels may be asked for later
 
-        return first(fabric, written)
+        def write() -> RunResult:
+            summary = dataclasses.replace(_summary(model, masks, result, split), **facts)
+            return _written(summary, folder, model if wanted else None)
+
+        return first(fabric, write)
 
 
 def finished(config: RunConfig, folder: Path, keep: Collection[int] = ()) -> RunResult | None:
@@ -115,6 +112,16 @@ def finished(config: RunConfig, folder: Path, keep: Collection[int] = ()) -> Run
     done = store.finished(folder, config)
     whole = done is not None and (done.diverged or weights.all_there(folder, keep, config.train.epochs))
     return done if whole else None
+
+
+def _written(summary: RunResult, folder: Path, model: nn.Module | None) -> RunResult:
+    """Writes the weights, if a model is given, then the result, and only then drops the checkpoint."""
+    if model is not None:
+        weights.save(model, folder / store.WEIGHTS)
+    summary = dataclasses.replace(summary, files=store.digests(folder))
+    store.write_result(folder, summary)
+    (folder / store.CHECKPOINT).unlink(missing_ok=True)
+    return summary
 
 
 def _begun(
