@@ -55,8 +55,10 @@ class Split:
 
     @classmethod
     def of(cls, dataset: Dataset, config: TrainConfig, device: torch.device) -> Split:
-        """Holds the share `config.validation` of every class out of the training images."""
+        """The training images that `config.share` leaves, and `config.validation` of them held out."""
         train, validation = dataset.train, None
+        if config.share < 1:
+            train, _ = data.split(train, 1 - config.share, config.seed)
         if config.validation:
             train, validation = data.split(train, config.validation, config.seed)
             validation = _on(validation, device)

@@ -25,7 +25,8 @@ class TrainConfig:
         momentum: Of SGD.
         nesterov: Whether the momentum is Nesterov's.
         weight_decay: On all parameters, biases and normalisation included, as in the authors' code.
-        validation: Share of the training set that is held out, in [0, 1).
+        share: Share of every class of the training images that is used at all, in (0, 1]; below 1, drawn by `seed`.
+        validation: Share of those that is held out, in [0, 1).
         precision: `float32`, or `bf16`/`fp16` for autocast (`fp16` scales the loss).
         channels_last: Whether convolution weights are laid out channels-last, which tensor cores prefer.
         seed: Of the data order, the augmentation and dropout.
@@ -43,6 +44,7 @@ class TrainConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+    share: float = 1.0
     validation: float = 0.0
     precision: str = "float32"
     channels_last: bool = False
@@ -65,6 +67,7 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         _require(self, "lr", self.lr > 0, "above 0")
         _require(self, "gamma", self.gamma > 0, "above 0")
+        _require(self, "share", 0 < self.share <= 1, "in (0, 1]")
         _require(self, "validation", 0 <= self.validation < 1, "in [0, 1)")
         _require(self, "nesterov", not self.nesterov or self.momentum > 0, "False where momentum is 0")
         _require(self, "warmup_epochs", self.warmup_epochs < self.epochs, f"below epochs ({self.epochs})")

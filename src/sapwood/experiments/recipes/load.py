@@ -19,6 +19,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": demos.digits,
     "cifar10-laptop": demos.cifar10_laptop,
     "closed-form": demos.closed_form,
+    "closed-form-vgg16": demos.closed_form_vgg16,
     "cifar10-resnet20": cifar.cifar10_resnet20,
     "cifar10-resnet20-as-written": cifar.cifar10_resnet20_as_written,
     "cifar100-vgg16": cifar.cifar100_vgg16,
