@@ -90,7 +90,7 @@ NETS = {  # network, shape of a sample, inputs a draw, tolerance
     ),
     "no norm": (lambda: nn.Sequential(conv(4, 16, bias=True), nn.ReLU(), conv(16, 6)), (4, 7, 7), 4, 0.12),
     "groups, stride": (lambda: normed(nn.ReLU(), conv(16, 6, groups=2, stride=2)), (4, 7, 7), 8, 0.06),
-    "depthwise": (lambda: normed(nn.ReLU(), conv(16, 16, groups=16)), (4, 5, 5), 8, 0.08),
+    "depthwise": (lambda: normed(nn.ReLU(), conv(16, 16, groups=16)), (4, 5, 5), 8, 0.06),
     "conv1d, dilation": (
         lambda: nn.Sequential(nn.Conv1d(4, 16, 3, padding=2, dilation=2), nn.BatchNorm1d(16), nn.ReLU(),
                               nn.Conv1d(16, 6, 3, padding="same")), (4, 9), 16, 0.08,
@@ -104,9 +104,13 @@ NETS = {  # network, shape of a sample, inputs a draw, tolerance
     "max-pool": (lambda: normed(nn.ReLU(), nn.MaxPool2d(2), conv(16, 6)), (4, 8, 8), 8, 0.06),
     "max-pool before relu": (lambda: normed(nn.MaxPool2d(2), nn.ReLU(), conv(16, 6)), (4, 8, 8), 8, 0.12),
     "max-pool, overlapping": (lambda: normed(nn.ReLU(), nn.MaxPool2d(3, 2, 1), conv(16, 6)), (4, 8, 8), 8, 0.1),
+    "deep": (
+        lambda: normed(nn.ReLU(), *(layer for _ in range(3) for layer in (conv(16, 16), nn.BatchNorm2d(16), nn.ReLU())),
+                       conv(16, 6)), (4, 6, 6), 16, 0.08,
+    ),
     "average pool": (lambda: normed(nn.ReLU(), nn.AvgPool2d(2), conv(16, 6)), (4, 8, 8), 8, 0.06),
     "global pool": (
-        lambda: normed(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 6)), (4, 6, 6), 16, 0.1,
+        lambda: normed(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 6)), (4, 6, 6), 16, 0.08,
     ),
     "flattened map": (lambda: FLATTENED, (4, 5, 5), 16, 0.08),
     "attention": (Attentive, (9, 12), 4, 0.15),

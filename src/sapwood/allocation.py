@@ -209,5 +209,5 @@ def _top(values: Tensor, keep: int) -> Tensor:
     threshold = values.kthvalue(values.numel() - keep + 1).values
     chosen = values > threshold
     ties = (values == threshold).nonzero().flatten()
-    chosen[ties[: keep - int(chosen.sum())]] = True
+    chosen[ties[: keep - int(chosen.count_nonzero())]] = True
     return chosen

@@ -132,7 +132,7 @@ class Masks(Mapping[str, Tensor]):
 
     def per_layer(self) -> dict[str, Count]:
         """Kept and total weights of every layer, in order."""
-        return {name: Count(int(mask.sum()), mask.numel()) for name, mask in self.items()}
+        return {name: Count(int(mask.count_nonzero()), mask.numel()) for name, mask in self.items()}
 
     @property
     def collapsed(self) -> tuple[str, ...]:

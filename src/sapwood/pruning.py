@@ -268,7 +268,7 @@ def _check_scores(scores: Scores, net: FunctionalModel, method: Method) -> None:
         if name not in scores or scores[name].shape != weight.shape:
             came = tuple(scores[name].shape) if name in scores else "none"
             raise ScoreError(f"{name_of} must score {name!r} of shape {tuple(weight.shape)}; its scores have {came}.")
-        if not torch.isfinite(scores[name]).all():
+        if scores[name].numel() and not torch.stack(scores[name].aminmax()).isfinite().all():  # NaN wins in both
             raise ScoreError(
                 f"{name_of} gave NaN or infinite scores in {name!r}: check the model's outputs and loss on this input "
                 "(exploding activations without normalisation?)."

@@ -4,7 +4,19 @@
 registers a rule for an operation that has none.
 """
 
-from sapwood.moments import attention, concat, layers, maxima, norms, pools, rectifiers, shapes, smooth, sums  # noqa: F401  # registers their rules
+from sapwood.moments import (  # noqa: F401  # registers their rules
+    attention,
+    concat,
+    convolutions,
+    layers,
+    maxima,
+    norms,
+    pools,
+    rectifiers,
+    shapes,
+    smooth,
+    sums,
+)
 from sapwood.moments.propagate import propagate
 from sapwood.moments.registry import RULES, Call, rule
 from sapwood.moments.state import Law, Moments, Side, Weight
