@@ -11,8 +11,9 @@ they are independent, and x is integrated out by Gauss-Hermite quadrature.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -51,15 +52,61 @@ class Activation(Protocol):
         ...
 
 
+class At(Protocol):
+    """An activation of one network's Gaussians."""
+
+    passed: Passed
+
+    def between(self, other: Any, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """E[f(u) f(u')] and E[f'(u) f'(u')] averaged over the place of u', which is `other`'s.
+
+        Args:
+            other: The same activation of this or the other network's Gaussians.
+            shared: The covariance of u and u'.
+        """
+        ...
+
+
+class ByQuadrature:
+    """Places that share a part: independent given that part, which is integrated out."""
+
+    def __init__(self, x: Moments, side: Side, activation: Activation) -> None:
+        self.x, self.side, self.activation = x, side, activation
+        self.passed = activation.moments(side.mean, root(variance(side)))
+
+    def between(self, other: ByQuadrature, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """See `At`."""
+        pair: Tensor | None = None
+        both: Tensor | None = None
+        for node, weight in zip(*hermite(COMMON), strict=True):
+            here = self._given(shared, node)
+            there = here if other is self else other._given(shared, node)
+            pair = plus(pair, weight * here.mean * self.x.average(there.mean))
+            both = plus(both, weight * here.slope * self.x.average(there.slope))
+        assert pair is not None and both is not None
+        return pair, both
+
+    def _given(self, shared: Tensor, node: float) -> Passed:
+        spread = variance(self.side)
+        shared = torch.minimum(shared, spread)
+        return self.activation.moments(plus(self.side.mean, root(shared) * node), root(spread - shared))
+
+
 def passed(call: Call, x: Moments, activation: Activation) -> Moments:
     """The moments after an activation, for Gaussian `x`."""
-    clean, gate, both = _side(x, x.clean, activation)
+    of: Callable[[Moments, Side], At] = getattr(activation, "at", partial(ByQuadrature, activation=activation))
+    at = of(x, x.clean)
+    clean, both = _side(x, x.clean, at)
+    gate = at.passed.square_slope
     if not x.finite:
         out = x.replace(clean=clean, noisy=clean, td=times(x.td, gate), to=times(x.to, both))
     else:
-        noisy, other, _ = _side(x, x.noisy, activation)
-        td, to = times(x.td, (gate + other) / 2), drifted(call, x, both, clean, noisy)
-        out = x.replace(clean=clean, noisy=noisy, cross=_cross(x, activation), td=td, to=to)
+        other, cross = of(x, x.noisy), None
+        noisy, _ = _side(x, x.noisy, other)
+        if x.cross is not None:
+            cross = other.between(at, covariance(x.cross, x.product(x.noisy.mean, x.clean.mean)))[0]
+        td, to = times(x.td, (gate + other.passed.square_slope) / 2), drifted(call, x, both, clean, noisy)
+        out = x.replace(clean=clean, noisy=noisy, cross=cross, td=td, to=to)
     return out.replace(law=Law(x, activation))
 
 
@@ -91,53 +138,18 @@ def root(square: Tensor) -> Tensor:
     return square.clamp_min(TINY).sqrt()
 
 
-def _side(x: Moments, side: Side, activation: Activation) -> tuple[Side, Tensor, Tensor]:
-    """The side after the activation, E f'^2, and E[f'(u) f'(u')]."""
+def _side(x: Moments, side: Side, at: At) -> tuple[Side, Tensor]:
+    """The side after the activation, and E[f'(u) f'(u')]."""
+    there = at.passed
     if side.pair is None:
-        there = activation.moments(side.mean, root(variance(side)))
-        return Side(there.raw, there.mean), there.square_slope, there.slope * x.average(there.slope)
-    shared = covariance(side.pair, x.product(side.mean, side.mean))
-    series = getattr(activation, "series", None)
-    there, pair, both = (series or _by_quadrature)(x, side, shared, *(() if series else (activation,)))
-    return Side(there.raw, there.mean, pair), there.square_slope, both
-
-
-def _by_quadrature(
-    x: Moments, side: Side, shared: Tensor, activation: Activation
-) -> tuple[Passed, Tensor, Tensor]:  # fmt: skip
-    total: list[Tensor | None] = [None] * 6
-    for weight, given in conditioned(side, shared, activation):
-        terms = (*given, given.mean * x.average(given.mean), given.slope * x.average(given.slope))
-        total = [plus(sum_, weight * term) for sum_, term in zip(total, terms, strict=True)]
-    mean, raw, slope, square, pair, both = (term for term in total if term is not None)
-    return Passed(mean, raw, slope, square), pair, both
-
-
-def _cross(x: Moments, activation: Activation) -> Tensor | None:
-    if x.cross is None:
-        return None
-    shared = covariance(x.cross, x.product(x.noisy.mean, x.clean.mean))
-    total: Tensor | None = None
-    one, other = conditioned(x.noisy, shared, activation), conditioned(x.clean, shared, activation)
-    for (weight, noisy), (_, clean) in zip(one, other, strict=True):
-        total = plus(total, weight * noisy.mean * x.average(clean.mean))
-    return total
+        return Side(there.raw, there.mean), there.slope * x.average(there.slope)
+    pair, both = at.between(at, covariance(side.pair, x.product(side.mean, side.mean)))
+    return Side(there.raw, there.mean, pair), both
 
 
 def covariance(pair: Tensor, product: Tensor | None) -> Tensor:
     """The part of a pair moment that is not due to the means."""
     return (pair if product is None else pair - product).clamp_min(0)
-
-
-def conditioned(side: Side, shared: Tensor, activation: Activation) -> list[tuple[float, Passed]]:
-    """The activation given the common part, at every node of the quadrature, with the node's weight."""
-    spread = variance(side)
-    shared = torch.minimum(shared, spread)
-    own, common = root(spread - shared), root(shared)
-    given = []
-    for node, weight in zip(*hermite(COMMON), strict=True):
-        given.append((weight, activation.moments(plus(side.mean, common * node), own)))
-    return given
 
 
 @lru_cache
