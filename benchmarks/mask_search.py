@@ -16,7 +16,15 @@ import drive
 import table
 from cases import CASES
 
-METHODS = ("published", "ntk-sap", "ntk-sap@merged_statistics=true", "ntk-sap-jvp", "synflow", "snip", "grasp")
+LOW_NOISE = "ntk-sap-analytic@epsilon=0,noise=lognormal"
+MONTE_CARLO = (
+    "published",
+    "ntk-sap",
+    "ntk-sap@merged_statistics=true",
+    "ntk-sap@resamples=1,samples=16",
+    "ntk-sap-jvp",
+)
+METHODS = (*MONTE_CARLO, "ntk-sap-analytic", LOW_NOISE, f"{LOW_NOISE},positions=flat", "synflow", "snip", "grasp")
 
 
 def main(arguments: Sequence[str]) -> None:

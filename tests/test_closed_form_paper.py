@@ -1,11 +1,16 @@
 """The closed form's layer densities against the published estimator's (slow; see docs/closed-form.md)."""
 
+from pathlib import Path
+
 import pytest
 
-from sapwood import Method, NtkSap, models, prune
+from sapwood import Masks, Method, NtkSap, models, prune
+from sapwood.experiments.recipes import load
 from test_paper import AUTHORS
 
 DENSITY, SHAPE = 0.8**18, (3, 32, 32)
+FEW_DRAWS = Method(NtkSap(resamples=1, samples=16, batch_size=16), rounds=20)
+VGG16 = [("ntk-sap-analytic", 0.16), (FEW_DRAWS, 0.1)]  # regressions of what was measured: 0.14 and 0.08
 
 
 def allocation(counts: dict[str, float]) -> dict[str, float]:
@@ -34,12 +39,23 @@ def test_resnet20_allocates_as_the_authors_code():
     assert variation(mean_allocation(results), allocation(authors)) <= 0.07
 
 
+@pytest.fixture(scope="module")
+def published_vgg16():
+    """The published estimator's allocation, five draws of 20 inputs a round: committed masks of five seeds."""
+    found = load("closed-form-vgg16")
+    folder = Path(__file__).parent.parent / "results/closed-form-vgg16/runs"
+    published = [config for config in found.grid.runs(found.train) if config.method == "ntk-sap" and not config.control]
+    masks = [Masks.load(folder / config.id / "masks.safetensors") for config in published]
+    single = [allocation({n: c.kept for n, c in m.per_layer().items()}) for m in masks]
+    assert len(single) == 5 and max(variation(one, single[0]) for one in single) <= 0.02
+    return {name: sum(one[name] for one in single) / len(single) for name in single[0]}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_vgg16_allocates_roughly_as_the_published_estimator():
-    """Fewer draws than published (3 of 16 inputs a round, or it would take half an hour), so the tolerance is wide."""
-    model = models.create("vgg16-bn")
-    closed = prune(model, method="ntk-sap-analytic", density=DENSITY, input_shape=SHAPE)
-    few = Method(NtkSap(resamples=3, samples=16, batch_size=16), rounds=20)
-    drawn = prune(model, method=few, density=DENSITY, input_shape=SHAPE)
-    assert variation(mean_allocation([closed]), mean_allocation([drawn])) <= 0.2
+@pytest.mark.parametrize(("method", "limit"), VGG16)
+def test_vgg16_allocates_roughly_as_the_published_estimator(method, limit, published_vgg16):
+    """Roughly: where draws scatter more, the published masks keep more (docs/closed-form.md)."""
+    model = models.create("vgg16-bn", num_classes=10)
+    result = prune(model, method=method, density=0.018, input_shape=SHAPE)
+    assert variation(mean_allocation([result]), published_vgg16) <= limit

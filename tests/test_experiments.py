@@ -237,6 +237,20 @@ def test_validation_images_come_from_the_training_set():
     assert count == len(split.validation) == pytest.approx(0.2 * len(dataset.train), abs=1)
 
 
+def test_a_share_of_the_training_images_is_drawn_by_the_seed_and_before_validation():
+    dataset, part = load("digits"), dataclasses.replace(SHORT, share=0.5, seed=1)
+    half = Split.of(dataset, part, torch.device("cpu"))
+    assert len(half.train) == pytest.approx(len(dataset.train) / 2, abs=1) and half.validation is None
+    assert torch.equal(half.test.images, dataset.test.images)
+    same, other = (
+        Split.of(dataset, dataclasses.replace(part, seed=seed), torch.device("cpu")).train.images for seed in (1, 2)
+    )
+    assert torch.equal(half.train.images, same) and not torch.equal(half.train.images, other)
+    both = Split.of(dataset, dataclasses.replace(part, validation=0.2), torch.device("cpu"))
+    assert len(both.validation) == pytest.approx(0.2 * len(half.train), abs=1)
+    assert len(both.train) + len(both.validation) == len(half.train)
+
+
 def test_method_on_real_inputs_gets_them(tmp_path):
     config = RunConfig(
         "digits", "mlp", "ntk-sap", 0.1, {"rounds": 1, "resamples": 1, "random_inputs": False}, train=SHORT

@@ -389,6 +389,20 @@ class TestCheckScore:
             RULES[torch.tanh] = old
         assert not check.trusted and 'method="ntk-sap"' in check.recommendation
 
+    def test_ratio_and_scatter_of_a_known_estimator(self):
+        """Scores that are the closed form's, times 1 in one draw and times 3 in the next."""
+        model, times = normed(nn.ReLU(), conv(16, 6)), iter([1.0, 3.0])
+
+        def estimator(net, masks, inputs, epsilon, generator):
+            closed = NtkSapAnalytic(epsilon=epsilon).gradient(net, masks, Data((), (4, 6, 6)))
+            factor = next(times) * len(inputs) * epsilon
+            return {name: factor * score for name, score in closed.items()}
+
+        check = sapwood.check_score(model, (4, 6, 6), draws=2, estimator=estimator)
+        assert list(check.ratios.values()) == pytest.approx([1 / 2] * 2)
+        assert list(check.scatter.values()) == pytest.approx([5**0.5] * 2)
+        assert list(check.errors.values()) == pytest.approx([0.5] * 2)
+
     def test_few_draws_are_not_decisive(self):
         check = sapwood.check_score(Residual(), (4, 6, 6), draws=2, batch_size=2, epsilon=1e-10)
         assert check.trusted or "Not decided" in check.recommendation

@@ -415,6 +415,7 @@ def test_one_cycle_schedule() -> None:
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"validation": 1.0}, r"validation must be in \[0, 1\), got 1\.0"),
+        ({"share": 0.0}, r"share must be in \(0, 1\], got 0\.0"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov must be False where momentum is 0"),
         ({"warmup_epochs": 160}, r"warmup_epochs must be below epochs \(160\)"),
         ({"warmup_epochs": 1, "schedule": "one-cycle"}, "warmup_epochs must be 0 with schedule 'one-cycle'"),

@@ -36,6 +36,9 @@ class ScoreCheck:
         ratios: Closed form over Monte Carlo for every layer, by regression over its kept weights. NaN where the
             Monte-Carlo run gives no positive factor.
         errors: Relative standard error of every ratio, from the spread between draws.
+        scatter: Root mean square of one draw's scores over that of the closed form's, among a layer's kept weights.
+            Where it is far above 1, as in most networks, the published estimator's few draws are nearly all noise;
+            where it differs between layers, that noise decides how many weights they keep.
         log_sd: Standard deviation between layers of the logarithm of the ratio; a common factor does not count.
         noise: What of `log_sd` the errors alone would give.
         draws: Weight draws of the Monte-Carlo run.
@@ -44,6 +47,7 @@ class ScoreCheck:
 
     ratios: dict[str, float]
     errors: dict[str, float]
+    scatter: dict[str, float]
     log_sd: float
     noise: float
     draws: int
@@ -68,10 +72,10 @@ class ScoreCheck:
 
     def __str__(self) -> str:
         rows = [
-            (name, "", f"{ratio:.3f}", f"{self.errors[name]:.1%}")
+            (name, "", f"{ratio:.3f}", f"{self.errors[name]:.1%}", f"{self.scatter[name]:.1f}")
             for name, ratio in self.ratios.items()
         ]  # fmt: skip
-        table = text_table(("layer", "", "closed form / Monte Carlo", "standard error"), rows)
+        table = text_table(("layer", "", "closed form / Monte Carlo", "standard error", "scatter of one draw"), rows)
         return f"{table}\n\n{self.draws} draws, {self.seconds:.1f} s. {self.recommendation}"
 
 
@@ -125,12 +129,12 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
         closed = NtkSapAnalytic(epsilon=epsilon).gradient(net, masks, data)
         generator = torch.Generator(net.device).manual_seed(seed)
         template = data.templates()[0]
-        factors: dict[str, list[float]] = {name: [] for name in net.prunable}
+        factors: dict[str, list[tuple[float, float]]] = {name: [] for name in net.prunable}
         for _ in range(draws):
             inputs = filled(resized(template, batch_size), lambda t: normal(t.to(net.device, net.dtype), generator))
             drawn = (estimator or finite_difference)(net, masks, inputs, epsilon, generator)
             for name, gradient in drawn.items():
-                factors[name].append(_factor(gradient / (batch_size * epsilon), closed[name], masks[name]))
+                factors[name].append(_against(gradient / (batch_size * epsilon), closed[name], masks[name]))
     return _compared(factors, draws, time.perf_counter() - begin)
 
 
@@ -143,21 +147,24 @@ def finite_difference(
     return mask_gradient(net, masks, params, noise, inputs)
 
 
-def _factor(drawn: Tensor, closed: Tensor, mask: Tensor) -> float:
-    """Regression of the drawn gradient on the closed form's over the kept weights; 1 in expectation."""
-    expected = closed.double() * mask
+def _against(drawn: Tensor, closed: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Over the kept weights: regression of the drawn gradient on the closed form's, and ratio of their mean squares."""
+    expected, found = closed.double() * mask, drawn.double() * mask
     square = float(expected.square().sum())
-    return float((drawn.double() * expected).sum()) / square if square else math.nan
+    return (
+        (float((found * expected).sum()) / square, float(found.square().sum()) / square) if square else (math.nan,) * 2
+    )
 
 
-def _compared(factors: dict[str, list[float]], draws: int, seconds: float) -> ScoreCheck:
-    ratios, errors = {}, {}
+def _compared(factors: dict[str, list[tuple[float, float]]], draws: int, seconds: float) -> ScoreCheck:
+    ratios, errors, scatter = {}, {}, {}
     for name, values in factors.items():
-        sample = torch.tensor(values, dtype=torch.float64)
+        sample, squares = torch.tensor(values, dtype=torch.float64).T
         mean = float(sample.mean())
         ratios[clean_name(name)] = 1 / mean if mean > 0 else math.nan
         errors[clean_name(name)] = float(sample.std()) / math.sqrt(draws) / abs(mean) if mean else math.nan
+        scatter[clean_name(name)] = math.sqrt(float(squares.mean()))
     logs = torch.tensor([math.log(ratio) if ratio > 0 else math.nan for ratio in ratios.values()])
     log_sd = float(logs.std(correction=0)) if bool(logs.isfinite().all()) else math.inf
     noise = math.sqrt(sum(error**2 for error in errors.values()) / len(errors))
-    return ScoreCheck(ratios, errors, log_sd, noise, draws, seconds)
+    return ScoreCheck(ratios, errors, scatter, log_sd, noise, draws, seconds)
