@@ -8,6 +8,7 @@ Measurements of a network interleave (A B A B ...), since a machine's speed drif
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ METHODS = (*MONTE_CARLO, "ntk-sap-analytic", LOW_NOISE, f"{LOW_NOISE},positions=
 def main(arguments: Sequence[str]) -> None:
     """Measures, writes the JSON after every measurement, and its table at the end."""
     chosen = parser().parse_args(arguments)
-    out, rows = Path(chosen.out), []
+    out = Path(chosen.out)
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if chosen.append else []
     for row in measurements(chosen):
         rows.append(row)
         drive.save(out, rows)
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help='"whole" searches, one mini-batch of each ("part"), or a part where a search takes hours ("auto")',
     )
     told.add_argument("--flops", action=argparse.BooleanOptionalAction, default=True, help="count them, once a method")
+    told.add_argument("--append", action="store_true", help="add to the measurements that OUT has")
     told.add_argument("--out", default="benchmarks/results/mask_search.json")
     return told
 

@@ -103,6 +103,8 @@ def test_mask_search_measures_counts_and_tabulates(tmp_path):
     table = out.with_suffix(".md").read_text()
     assert "extrapolated from 1 of 4 mini-batches (4 of 12 inputs)" in table
     assert "no-such-method" in table.split("| no-such-method |")[1].split("\n")[0]  # the error, in its row
+    mask_search.main([*options, "--methods", "snip", "--no-flops", "--append"])
+    assert json.loads(out.read_text())["rows"][: len(rows)] == rows
 
 
 @pytest.mark.usefixtures("in_this_process")
