@@ -400,7 +400,7 @@ class TestCheckScore:
 
         check = sapwood.check_score(model, (4, 6, 6), draws=2, estimator=estimator)
         assert list(check.ratios.values()) == pytest.approx([1 / 2] * 2)
-        assert list(check.scatter.values()) == pytest.approx([5**0.5] * 2)
+        assert list(check.scatter.values()) == pytest.approx([2.0] * 2)
         assert list(check.errors.values()) == pytest.approx([0.5] * 2)
 
     def test_few_draws_are_not_decisive(self):

@@ -36,9 +36,9 @@ class ScoreCheck:
         ratios: Closed form over Monte Carlo for every layer, by regression over its kept weights. NaN where the
             Monte-Carlo run gives no positive factor.
         errors: Relative standard error of every ratio, from the spread between draws.
-        scatter: Root mean square of one draw's scores over that of the closed form's, among a layer's kept weights.
-            Where it is far above 1, as in most networks, the published estimator's few draws are nearly all noise;
-            where it differs between layers, that noise decides how many weights they keep.
+        scatter: Mean size of one draw's scores over the mean of the closed form's, among a layer's kept weights; the
+            median of the draws. Far above 1, as in most networks, the published estimator's few draws are nearly all
+            noise; and where it differs between layers, that noise decides how many weights they keep.
         log_sd: Standard deviation between layers of the logarithm of the ratio; a common factor does not count.
         noise: What of `log_sd` the errors alone would give.
         draws: Weight draws of the Monte-Carlo run.
@@ -148,22 +148,20 @@ def finite_difference(
 
 
 def _against(drawn: Tensor, closed: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Over the kept weights: regression of the drawn gradient on the closed form's, and ratio of their mean squares."""
+    """Over the kept weights: regression of the drawn gradient on the closed form's, and the ratio of their sizes."""
     expected, found = closed.double() * mask, drawn.double() * mask
-    square = float(expected.square().sum())
-    return (
-        (float((found * expected).sum()) / square, float(found.square().sum()) / square) if square else (math.nan,) * 2
-    )
+    square, size = float(expected.square().sum()), float(expected.abs().sum())
+    return (float((found * expected).sum()) / square, float(found.abs().sum()) / size) if square else (math.nan,) * 2
 
 
 def _compared(factors: dict[str, list[tuple[float, float]]], draws: int, seconds: float) -> ScoreCheck:
     ratios, errors, scatter = {}, {}, {}
     for name, values in factors.items():
-        sample, squares = torch.tensor(values, dtype=torch.float64).T
+        sample, sizes = torch.tensor(values, dtype=torch.float64).T
         mean = float(sample.mean())
         ratios[clean_name(name)] = 1 / mean if mean > 0 else math.nan
         errors[clean_name(name)] = float(sample.std()) / math.sqrt(draws) / abs(mean) if mean else math.nan
-        scatter[clean_name(name)] = math.sqrt(float(squares.mean()))
+        scatter[clean_name(name)] = float(sizes.quantile(0.5))
     logs = torch.tensor([math.log(ratio) if ratio > 0 else math.nan for ratio in ratios.values()])
     log_sd = float(logs.std(correction=0)) if bool(logs.isfinite().all()) else math.inf
     noise = math.sqrt(sum(error**2 for error in errors.values()) / len(errors))
