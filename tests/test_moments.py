@@ -15,7 +15,8 @@ from sapwood import Data, FunctionalModel, Masks, NtkSapAnalytic, SapwoodWarning
 from sapwood.criteria.ntk_sap import mask_gradient
 from sapwood.criteria.ntk_sap_analytic import constants, weights
 from sapwood.fresh import fresh_parameters
-from sapwood.moments import RULES, propagate, rule, traced
+from sapwood.moments import RULES, Moments, Side, propagate, rule, traced
+from sapwood.moments.smooth import Smooth
 from sapwood.moments.softmax import softmax_moments
 
 
@@ -158,6 +159,23 @@ def test_softmax_moments(keys, variance):
     found = softmax_moments(torch.tensor([variance]), keys)
     assert found.focus.item() == pytest.approx(p.square().sum(1).mean().item(), rel=0.05)
     assert found.response.item() == pytest.approx(change.square().sum(1).mean().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("mean", ["none", "bias", "everywhere"])
+@pytest.mark.parametrize("function", [F.gelu, torch.tanh])
+def test_smooth_activations_between_a_few_points_of_a_channel(function, mean):
+    """Values and derivatives by the variance, against quadrature; means within a channel differ by two deviations."""
+    shape, generator = torch.Size((1, 3, 6, 6)), torch.Generator().manual_seed(0)
+    variances = (0.4 + torch.rand(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    means = torch.randn(shape, generator=generator, dtype=torch.float64) / 3
+    means = {"none": None, "bias": means[..., :1, :1].expand(shape), "everywhere": means}[mean]
+    side = Side(variances if means is None else variances + means.square(), means)
+    found = Smooth(function).at(Moments(shape, (1,), side, side), side).passed
+    expected = Smooth(function).moments(means, variances.sqrt())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=3e-3)
+        slopes = (torch.autograd.grad(t.sum(), variances, retain_graph=True)[0] for t in (one, other))
+        torch.testing.assert_close(*slopes, rtol=2e-2, atol=2e-2)
 
 
 class TestClosedForms:

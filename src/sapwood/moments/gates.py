@@ -104,7 +104,7 @@ def passed(call: Call, x: Moments, activation: Activation) -> Moments:
         other, cross = of(x, x.noisy), None
         noisy, _ = _side(x, x.noisy, other)
         if x.cross is not None:
-            cross = other.between(at, covariance(x.cross, x.product(x.noisy.mean, x.clean.mean)))[0]
+            cross = other.between(at, covariance(x, x.cross, x.noisy.mean, x.clean.mean))[0]
         td, to = times(x.td, (gate + other.passed.square_slope) / 2), drifted(call, x, both, clean, noisy)
         out = x.replace(clean=clean, noisy=noisy, cross=cross, td=td, to=to)
     return out.replace(law=Law(x, activation))
@@ -143,12 +143,15 @@ def _side(x: Moments, side: Side, at: At) -> tuple[Side, Tensor]:
     there = at.passed
     if side.pair is None:
         return Side(there.raw, there.mean), there.slope * x.average(there.slope)
-    pair, both = at.between(at, covariance(side.pair, x.product(side.mean, side.mean)))
+    pair, both = at.between(at, covariance(x, side.pair, side.mean, side.mean))
     return Side(there.raw, there.mean, pair), both
 
 
-def covariance(pair: Tensor, product: Tensor | None) -> Tensor:
+def covariance(x: Moments, pair: Tensor, one: Tensor | None, other: Tensor | None) -> Tensor:
     """The part of a pair moment that is not due to the means."""
+    product = x.product(one, other)
+    if product is not None and product.numel() > pair.numel():
+        product = x.average(product)  # `pair` is the average of all positions
     return (pair if product is None else pair - product).clamp_min(0)
 
 

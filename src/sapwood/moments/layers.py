@@ -74,8 +74,21 @@ def linear(call: Call, x: Moments, weight: Weight, bias: Tensor | None = None) -
     def contract(moment: Tensor) -> Tensor:
         return F.linear(moment, matrix)
 
-    out = contracted(_flat_input(x, last), weight, contract, (contract, contract), call, len(call.shape) - 1)
+    inputs = _typical_pairs(_flat_input(x, last))
+    out = contracted(inputs, weight, contract, (contract, contract), call, len(call.shape) - 1)
     return out if bias is None else shifted(out, bias)
+
+
+def _typical_pairs(x: Moments) -> Moments:
+    """Moments of two positions averaged over both: positions do not mix here, and what mixes them takes averages."""
+
+    def average(moment: Tensor | None) -> Tensor | None:
+        return None if moment is None else x.average(moment)
+
+    clean = Side(x.clean.raw, x.clean.mean, average(x.pair(x.clean)))
+    noisy = Side(x.noisy.raw, x.noisy.mean, average(x.pair(x.noisy))) if x.finite else clean
+    cross = average(x.crossed()) if x.finite else None
+    return x.replace(clean=clean, noisy=noisy, cross=cross, to=average(x.to))
 
 
 def _flat_input(x: Moments, channel: int) -> Moments:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -74,40 +74,59 @@ class Expanded:
     """A smooth activation of one network's Gaussians, as `sapwood.moments.gates.At` asks for it."""
 
     def __init__(self, activation: Smooth, x: Moments, side: Side) -> None:
-        self.x = x
-        self.deviation = root(variance(side))
-        terms = 1 if side.pair is None else TERMS
-        raw, square, *rest = interpolated(x, side.mean, self.deviation, activation, terms)
-        self.values, self.slopes = rest[:terms], rest[terms:]
-        self.passed = Passed(self.values[0], raw, self.slopes[0], square)
+        self.activation, self.x, self.mean, self.deviation = activation, x, side.mean, root(variance(side))
+        raw, square, mean, slope = interpolated(x, side.mean, self.deviation, activation, 1)
+        self.passed = Passed(mean, raw, slope, square)
 
     def between(self, other: Expanded, shared: Tensor) -> tuple[Tensor, Tensor]:
         """See `sapwood.moments.gates.At`."""
-        correlation = shared / (self.deviation * self.x.average(other.deviation)).clamp_min(TINY)
-        correlation = correlation.clamp(0, 1)
-        return self._sum(self.values, other.values, correlation), self._sum(self.slopes, other.slopes, correlation)
+        average = self.x.average
+        if shared.numel() == average(self.deviation).numel():
+            one, two = self.typical, other.typical
+        else:
+            one, two = self.everywhere, [average(coefficient) for coefficient in other.everywhere]
+        correlation = (shared / (one[0] * two[0]).clamp_min(TINY)).clamp(0, 1)
 
-    def _sum(self, here: list[Tensor], there: list[Tensor], correlation: Tensor) -> Tensor:
-        total = here[-1] * self.x.average(there[-1])
-        for one, other in zip(here[-2::-1], there[-2::-1], strict=True):
-            total = total * correlation + one * self.x.average(other)
-        return total
+        def series(terms: slice) -> Tensor:
+            total = torch.zeros_like(correlation)
+            for a, b in zip(reversed(one[terms]), reversed(two[terms]), strict=True):
+                total = total * correlation + a * b
+            return total
+
+        return series(slice(1, 1 + TERMS)), series(slice(1 + TERMS, None))
+
+    @cached_property
+    def typical(self) -> list[Tensor]:
+        """Deviation and Hermite coefficients of f and f' at an average position."""
+        mean, deviation = None if self.mean is None else self.x.average(self.mean), self.x.average(self.deviation)
+        return [deviation, *self.activation.expansion(mean, deviation, TERMS)[2:]]
+
+    @cached_property
+    def everywhere(self) -> list[Tensor]:
+        """The same at every position."""
+        return [self.deviation, *interpolated(self.x, self.mean, self.deviation, self.activation, TERMS)[2:]]
 
 
 def interpolated(x: Moments, mean: Tensor | None, deviation: Tensor, activation: Smooth, terms: int) -> list[Tensor]:
     """`activation.expansion` at every position of `x`, by interpolation between points of every channel."""
     axes = [axis for axis in range(len(x.shape)) if axis not in x.channels]
     points, weights = _points(deviation, deviation, axes)
-    places = None
-    if mean is not None:
-        mean = mean.expand_as(deviation)
-        places, others = _points(mean, deviation, axes)
+    places = mean
+    if mean is not None and not _is_fixed(mean, axes):
+        places, others = _points(mean.expand_as(deviation), deviation, axes)
         places, points = places.repeat_interleave(len(POINTS), 0), points.repeat(len(POINTS), *[1] * deviation.dim())
         weights = (others[:, None] * weights).flatten(0, 1)
+    elif mean is not None:
+        places = mean.amax(axes, keepdim=True)
     with torch.no_grad():
         places = None if places is None else places.double()
         table = activation.expansion(places, points.double().clamp_min(0), terms)  # its differences are derivatives
     return [(numbers * weights).sum(0) for numbers in table.to(weights)]
+
+
+def _is_fixed(mean: Tensor, axes: list[int]) -> bool:
+    """Whether it depends on no weight and is one for all positions of a channel, as a bias is."""
+    return not mean.requires_grad and bool((mean.amax(axes) == mean.amin(axes)).all())
 
 
 def _points(values: Tensor, scale: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
