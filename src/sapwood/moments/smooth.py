@@ -1,7 +1,7 @@
 """Smooth non-linearities (GELU, SiLU, tanh and their kin), by Gauss-Hermite quadrature and Hermite series.
 
 E f^2 and E f'^2 of N(mean, deviation^2) and the Hermite coefficients a_n = E[f(mean + deviation y) He_n(y)] / sqrt(n!)
-of f and f' are sums over 48 nodes, exact to 1e-3 for f' = GELU's up to a deviation of 3. Two Gaussians of correlation c
+of f and f' are sums over 48 nodes, exact to 1e-4 for GELU up to a deviation of 2. Two Gaussians of correlation c
 give E[f(u) f(u')] = sum over n of c^n a_n a_n'; six terms leave a relative 3e-3 of GELU at correlation one and unit
 deviation.
 
