@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sapwood.experiments import figures, kernel_figures, store
 from sapwood.experiments.kernels import RECORD, Network, Spectra
-from sapwood.experiments.report import templates
+from sapwood.experiments.pages import templates
 from sapwood.ntk import Dynamics
 
 PAGE, TABLE, DYNAMICS = "ntk.html", "ntk.csv", "dynamics.json"

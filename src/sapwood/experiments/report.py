@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from sapwood.experiments import figures, looks, store, tables
+from sapwood.experiments import figures, kernel_report, kernels, looks, store, tables
 from sapwood.experiments.compare import Outcome
 from sapwood.experiments.config import CONTROLS, DENSE, SAME_LAYERS
 from sapwood.experiments.drawing import draw
 from sapwood.experiments.figures import Published
+from sapwood.experiments.pages import templates
 from sapwood.experiments.pairs import differences
 from sapwood.experiments.summary import Summary, finished, frame, summarise
 
-NOTHING = "\N{EN DASH}"
 REPORT, MARKDOWN, TABLE = "report.html", "report.md", "results.csv"
 NEAR = 5e-4  # published sparsities are rounded
 
@@ -106,25 +104,5 @@ def _published(expected: Mapping[tuple[str, float], float], summary: Summary) ->
 
 def _kernels(out: Path) -> dict[str, Any] | None:
     """The tangent kernels that were computed beside the runs, if they were."""
-    from sapwood.experiments import kernel_report, kernels  # here, because they need this module's templates
-
     found = kernels.Spectra.load(out / kernels.RECORD)
     return None if found is None else kernel_report.section(found, out)
-
-
-def templates() -> jinja2.Environment:
-    """The pages of the program, with the filters that they use."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sapwood", "experiments"),
-        autoescape=lambda name: name != f"{MARKDOWN}.jinja",
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": lambda share: f"{100 * share:g} %",
-        "plain": lambda text: str(text).translate({ord("|"): "\\|", ord("<"): "&lt;", ord("\n"): " "}),
-        "seconds": lambda seconds: NOTHING if seconds is None else f"{seconds:.2f}",
-        "mib": lambda size: NOTHING if size is None else f"{size / 2**20:,.0f}",
-    }
-    return environment

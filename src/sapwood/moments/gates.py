@@ -37,7 +37,7 @@ class Passed(NamedTuple):
 
 
 class Activation(Protocol):
-    """A pointwise function of a Gaussian."""
+    """A pointwise function of a Gaussian; one with an `at(x, side)` of its own has a better way than `ByQuadrature`."""
 
     def moments(self, mean: Tensor | None, deviation: Tensor) -> Passed:
         """The four numbers for N(mean, deviation^2); mean None is zero."""
