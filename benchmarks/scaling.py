@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     told = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     told.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     told.add_argument("--sizes", type=int, default=4, help="how many sizes of each axis, from the smallest")
-    told.add_argument("--methods", nargs="+", default=("published", "ntk-sap", "ntk-sap@resamples=1,samples=16"))
+    told.add_argument("--methods", nargs="+", default=("published", "ntk-sap", "ntk-sap-analytic"))
     told.add_argument("--threads", type=int, default=1)
     told.add_argument("--repeats", type=int, default=3)
     told.add_argument("--case", default="resnet20", help=argparse.SUPPRESS)
