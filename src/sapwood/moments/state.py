@@ -2,8 +2,8 @@
 
 **Shapes.** A tensor of the traced network, for a batch of one, has a *channel* axis (several where the network splits
 it, as into heads); all its other axes are *positions* (pixels, tokens, the batch axis of size one). Every moment below
-has that tensor's shape, or one that broadcasts to it: in flat mode the position axes have size one. `Moments.shape` is
-always the network's own.
+has that tensor's shape, or one that broadcasts to it: the position axes have size one in flat mode, and in moments of
+two positions behind a linear layer. `Moments.shape` is always the network's own.
 
 **Two networks.** At a finite epsilon the perturbed network has moments of its own (`noisy`); in the limit of
 epsilon to 0 `noisy is clean`.
