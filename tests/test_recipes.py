@@ -287,6 +287,13 @@ def test_pruning_after_training_counts_its_chain_once(monkeypatch):
     assert estimate.estimate(dataclasses.replace(laptop, grid=deeper), None).runs == 3
 
 
+def test_only_the_images_that_are_trained_on_count():
+    recipe = load("closed-form-vgg16")
+    assert estimate.estimate(recipe, None).images == 25 * 10_000
+    held_out = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, validation=0.1))
+    assert estimate.estimate(held_out, None).images == 25 * 9_000
+
+
 def test_images_and_hours(monkeypatch):
     monkeypatch.setattr(estimate, "speed", lambda *_: 1000.0)
     monkeypatch.setattr(estimate, "cores", lambda: 2)

@@ -71,7 +71,8 @@ def estimate(recipe: Recipe, device: torch.device | None) -> Estimate:
     network = (recipe.grid.data, recipe.grid.resolution, recipe.grid.model)
     total = forward_flops(*network)
     epochs = sum(each.train.epochs - each.rewind_epoch for each in every.values())
-    images = epochs * FACTS[recipe.grid.data].images
+    trained_on = FACTS[recipe.grid.data].images * recipe.train.share * (1 - recipe.train.validation)
+    images = round(epochs * trained_on)
     if device is None:
         return Estimate(runs, images, total, None)
     batch, workers = recipe.train.batch_size, 1
