@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,8 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds every global generator inside and puts them back outside, also after an error.
 
     Inside, gradients are on, inference mode and autocast are off (scores are computed in float32 or better whatever
-    surrounds the call), and attention takes its ordinary path, which autograd can differentiate twice.
+    surrounds the call), attention takes its ordinary path, which autograd can differentiate twice, and what torch says
+    of functions of its own that it is about to drop stays unsaid: nobody outside of torch can act on it.
     """
     python, numpy = random.getstate(), np.random.get_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -30,6 +32,9 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(warnings.catch_warnings())
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"torch\b")
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it would take a second
             # No recompilation for every new set of weights.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
