@@ -20,8 +20,9 @@ from torch.func import functional_call
 
 from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_tensor, size, target_of
 from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
-from sapwood.isolation import skeleton, unwrapped
+from sapwood.isolation import skeleton
 from sapwood.masks import Masks
+from sapwood.names import Names, unwrapped
 from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
 from sapwood.statistics import BatchStatistics
 
@@ -38,7 +39,7 @@ class FunctionalModel:
 
     Attributes:
         module: The tensor-free copy that is run.
-        params: All parameters by name, detached, float32 or float64. Never written to.
+        params: All parameters by clean name (`sapwood.names`), detached, float32 or float64. Never written to.
         buffers: All buffers by name. Never written to.
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
@@ -101,7 +102,7 @@ class FunctionalModel:
         return cls(
             module=_Runner(copy, forward),
             params=params,
-            buffers={name: buffer.detach() for name, buffer in model.named_buffers()},
+            buffers={name: buffer.detach() for name, buffer in Names.of(model).buffers.items()},
             prunable=prunable,
             fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
             layout={w.name: w.layout for w in weights if w.name in prunable},
@@ -148,7 +149,7 @@ class FunctionalModel:
             **(self.own_buffers() if buffers is None else buffers),
         }
         try:
-            return functional_call(self.module, {f"model.{k}": v for k, v in state.items()}, (cast(batch, dtype),))
+            return functional_call(self.module, self.module.raw(state), (cast(batch, dtype),))
         except (SapwoodError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -258,11 +259,16 @@ class _Runner(nn.Module):
     def __init__(self, model: nn.Module, forward: Forward | None) -> None:
         super().__init__()
         self.model = model
+        self.names = Names.of(model)
         self.run = forward or call
         self.takes_labels = forward is None and "labels" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: Batch) -> Any:
         return self.run(self.model, batch)
+
+    def raw(self, state: Params) -> Params:
+        """The same tensors under the names that they have in this module."""
+        return {f"model.{self.names.raw[name]}": tensor for name, tensor in state.items()}
 
 
 def _readable(weight: Weight) -> Tensor:
@@ -273,7 +279,7 @@ def _readable(weight: Weight) -> Tensor:
 
 
 def _refuse_unreadable(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in Names.of(model).parameters.items():
         if isinstance(parameter, nn.UninitializedParameter):
             raise UnsupportedModelError(f"{name!r} has no shape yet: run one forward pass first (lazy module).")
         if hasattr(parameter, "device_mesh"):  # a DTensor, whose class takes a second to import

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sapwood.errors import UnsupportedModelError
+from sapwood.names import Passing, wrapped
 
 
 @contextmanager
@@ -54,16 +55,6 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP, `torch.compile` and Fabric wrappers."""
-    for attribute in ("_orig_mod", "_forward_module"):
-        if isinstance(inner := getattr(model, attribute, None), nn.Module):
-            return unwrapped(inner)
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return unwrapped(model.module)
-    return model
-
-
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the module without its tensors (they are on the `meta` device), for `torch.func.functional_call`.
 
@@ -81,6 +72,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         computed = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
         memo |= {id(tensor): tensor.detach() for tensor in computed}
     try:
+        for module in reversed(list(model.modules())):  # the innermost wrapper first
+            if (attribute := wrapped(module)) is not None:
+                memo[id(module)] = Passing(module, attribute, memo)
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sapwood.errors import ConfigError, UnsupportedModelError, unknown_name
+from sapwood.names import Names
 
 LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 Pattern = str | type[nn.Module] | nn.Module
@@ -42,12 +43,14 @@ class Weight:
         aliases: All its names, the first included.
         owners: The modules that hold it, in the order of `aliases`.
         tensor: The parameter itself.
+        raw: What torch calls it where the model is wrapped (`sapwood.names`), in the order of `aliases`.
     """
 
     name: str
     aliases: tuple[str, ...]
     owners: tuple[nn.Module, ...]
     tensor: Tensor
+    raw: tuple[str, ...] = ()
 
     @property
     def is_layer_weight(self) -> bool:
@@ -81,7 +84,8 @@ class Weight:
     def matches(self, pattern: Pattern) -> bool:
         """Whether a name, glob, module type or module selects this parameter."""
         if isinstance(pattern, str):
-            return any(fnmatchcase(n, pattern) or fnmatchcase(_module_of(n), pattern) for n in self.aliases)
+            names = (*self.aliases, *self.raw)
+            return any(fnmatchcase(n, pattern) or fnmatchcase(_module_of(n), pattern) for n in names)
         if isinstance(pattern, type):
             return any(isinstance(owner, pattern) for owner in self.owners)
         return any(parameter is self.tensor for parameter in pattern.parameters())
@@ -89,15 +93,16 @@ class Weight:
 
 def all_weights(model: nn.Module) -> list[Weight]:
     """Every parameter of the model once, ties resolved, in torch's order."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+    names = Names.of(model)
+    aliases: dict[str, list[str]] = {name: [] for name in names.parameters}
+    for alias, name in names.first.items():
+        if name in aliases:
+            aliases[name].append(alias)
     weights = []
-    for name, parameter in model.named_parameters():
-        names = tuple(aliases[id(parameter)])
-        owners = tuple(_owner(modules, alias) for alias in names)
-        weights.append(Weight(name, names, owners, parameter))
+    for name, parameter in names.parameters.items():
+        owners = tuple(names.modules[_module_of(alias)] for alias in aliases[name])
+        raw = tuple(names.raw[alias] for alias in aliases[name])
+        weights.append(Weight(name, tuple(aliases[name]), owners, parameter, raw))
     return weights
 
 
@@ -149,10 +154,6 @@ def _module_of(name: str) -> str:
     return ".".join(parts[: parts.index("parametrizations") if "parametrizations" in parts else -1])
 
 
-def _owner(modules: dict[str, nn.Module], name: str) -> nn.Module:
-    return modules[_module_of(name)]
-
-
 def _patterns(patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
     return (patterns,) if isinstance(patterns, str | type | nn.Module) else tuple(patterns)
 
@@ -166,9 +167,9 @@ def _matches_nothing(word: str, pattern: Pattern, weights: list[Weight]) -> Conf
 
 
 def _refuse_torch_pruned(model: nn.Module) -> None:
-    buffers = dict(model.named_buffers())
-    for name, _ in model.named_parameters():
-        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in buffers:
+    names = Names.of(model).tensors
+    for name in names:
+        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in names:
             raise UnsupportedModelError(
                 f"{name!r} is already under torch.nn.utils.prune. Call torch.nn.utils.prune.remove on its module, or "
                 "take its masks over with sapwood.from_torch_prune."

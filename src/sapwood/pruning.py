@@ -15,8 +15,8 @@ from sapwood.allocation import Allocation, allocation, budget
 from sapwood.batches import Data
 from sapwood.errors import MaskError, SapwoodWarning, ScoreError
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import unwrapped
-from sapwood.masks import Masks, clean_name
+from sapwood.masks import Masks
+from sapwood.names import Names
 from sapwood.schedules import densities
 
 Scores = dict[str, Tensor]
@@ -147,17 +147,16 @@ class Result:
         Raises:
             MaskError: the model lacks one of the names, or has it with another shape; nothing was changed.
         """
-        core = unwrapped(model)
-        named = {**dict(core.named_parameters()), **dict(core.named_buffers())}
-        self.masks.check(named, strict=False)
-        params = self.params or {}
+        names = Names.of(model)
+        masks, params = names.fit(self.masks, strict=False), self.params or {}
+        targets = {name: names.tensors[target] for name, target in names.translated(params).items()}
         for name, value in params.items():
-            if name not in named or named[name].shape != value.shape:
+            if targets[name].shape != value.shape:
                 raise MaskError(f"The result belongs to another model, which has {name!r} of {tuple(value.shape)}.")
         for name, value in params.items():
-            named[name].copy_(value)
-        for name, mask in self.masks.items():
-            named[name].masked_fill_(~mask.to(named[name].device), 0)
+            targets[name].copy_(value)
+        for name, mask in masks.items():
+            names.tensors[name].masked_fill_(~mask.to(names.tensors[name].device), 0)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
@@ -236,11 +235,10 @@ def starting_masks(net: FunctionalModel, within: Masks | None) -> Masks:
     """
     if within is None:
         return Masks.dense(net.weights)
-    named = {clean_name(name): name for name in net.prunable}
-    within.check({clean: net.params[name] for clean, name in named.items()}, strict=False)
-    if missing := [clean for clean in named if clean not in within]:
+    within.check(net.weights, strict=False)
+    if missing := [name for name in net.prunable if name not in within]:
         raise MaskError(f"The masks of within= have no entry for {missing[0]!r}, which is to be pruned.")
-    return Masks({name: within[clean].to(net.params[name].device) for clean, name in named.items()})
+    return Masks({name: within[name].to(weight.device) for name, weight in net.weights.items()})
 
 
 def stages(schedule: str, density: float, rounds: int, first: Masks) -> list[tuple[float, int]]:

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from sapwood.batches import Batch, Data, filled, resized
 from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.functional import Forward, FunctionalModel, Params, differentiate
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name
+from sapwood.isolation import isolated
+from sapwood.masks import Masks
+from sapwood.names import Names, unwrapped
 
 CONSTANT = ("bias", "beta")  # they put values in that come from no input
 
@@ -63,17 +64,17 @@ def effective(
         2
     """
     core = unwrapped(model)
-    masks.check(dict(core.named_parameters()), strict=False)
+    masks = Names.of(core).fit(masks, strict=False)
     device = next(core.parameters()).device
     with isolated(0, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
         template = Data.collect(batches, input_shape, device).templates()[0]
         ones = filled(resized(template, 1), lambda t: torch.ones_like(t, device=device))
-        leaves = {n: _probe(n, p, masks.get(clean_name(n))) for n, p in net.params.items() if p.is_floating_point()}
-        wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}
+        leaves = {n: _probe(n, p, masks.get(n)) for n, p in net.params.items() if p.is_floating_point()}
+        wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in masks}
         with _Paths(), LinearFlow():
             output = net.outputs(leaves, ones, buffers=_uncentred(net))
-        gradient = {clean_name(n): g for n, g in differentiate(output.sum(), wanted).items()}
+        gradient = differentiate(output.sum(), wanted)
     return Masks({n: mask & (gradient[n] != 0).to(mask.device) for n, mask in masks.items()}, masks.provenance)
 
 

@@ -15,8 +15,9 @@ from sapwood.diagnosis.paths import effective
 from sapwood.errors import SapwoodError
 from sapwood.fresh import normal
 from sapwood.functional import Forward, FunctionalModel
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name, text_table
+from sapwood.isolation import isolated
+from sapwood.masks import Masks, text_table
+from sapwood.names import Names, unwrapped
 from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
 from sapwood.ntk.traces import hutchinson
@@ -145,6 +146,7 @@ def diagnose(
         (1, {'0.weight': (0,)}, 2)
     """
     core = unwrapped(model)
+    masks = Names.of(core).fit(masks, strict=False)
     live = effective(core, masks, input_shape=input_shape, batches=batches, forward=forward)
     device = next(core.parameters()).device
     with isolated(seed, device):
@@ -153,7 +155,7 @@ def diagnose(
         paths = count(net, masks, resized(template, 1))
         generator = torch.Generator(device).manual_seed(seed)
         gradients = _gradients(core, net, masks, template, batches is not None, forward, generator)
-    owners = {clean_name(weight.name): weight for weight in all_weights(core)}
+    owners = {weight.name: weight for weight in all_weights(core)}
     layers = {
         name: _layer(mask, live[name], paths, name, owners[name], gradients.get(name, math.nan))
         for name, mask in masks.items()
@@ -207,4 +209,4 @@ def _gradients(
         found = hutchinson(of_outputs(outputs), PROBES, generator)
     except SapwoodError:
         return {}
-    return {clean_name(name): math.sqrt(part / SAMPLES) for name, part in found.by_layer.items()}
+    return {name: math.sqrt(part / SAMPLES) for name, part in found.by_layer.items()}

@@ -16,8 +16,9 @@ from sapwood.criteria.ntk_sap_analytic import NtkSapAnalytic
 from sapwood.errors import ConfigError
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name, text_table
+from sapwood.isolation import isolated
+from sapwood.masks import Masks, text_table
+from sapwood.names import Names, unwrapped
 from sapwood.prunable import Pattern
 
 LIMIT = 0.25
@@ -124,7 +125,7 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
     with isolated(seed, device):
         data = Data.collect(None, input_shape, device)
         net = FunctionalModel.of(core, include=include, exclude=exclude)
-        masks = Masks.dense(net.weights) if masks is None else masks.to(device)
+        masks = Masks.dense(net.weights) if masks is None else Names.of(core).fit(masks.to(device), strict=False)
         masks.check(net.weights, strict=False)
         closed = NtkSapAnalytic(epsilon=epsilon).gradient(net, masks, data)
         generator = torch.Generator(net.device).manual_seed(seed)
@@ -159,9 +160,9 @@ def _compared(factors: dict[str, list[tuple[float, float]]], draws: int, seconds
     for name, values in factors.items():
         sample, sizes = torch.tensor(values, dtype=torch.float64).T
         mean = float(sample.mean())
-        ratios[clean_name(name)] = 1 / mean if mean > 0 else math.nan
-        errors[clean_name(name)] = float(sample.std()) / math.sqrt(draws) / abs(mean) if mean else math.nan
-        scatter[clean_name(name)] = float(sizes.quantile(0.5))
+        ratios[name] = 1 / mean if mean > 0 else math.nan
+        errors[name] = float(sample.std()) / math.sqrt(draws) / abs(mean) if mean else math.nan
+        scatter[name] = float(sizes.quantile(0.5))
     logs = torch.tensor([math.log(ratio) if ratio > 0 else math.nan for ratio in ratios.values()])
     log_sd = float(logs.std(correction=0)) if bool(logs.isfinite().all()) else math.inf
     noise = math.sqrt(sum(error**2 for error in errors.values()) / len(errors))

@@ -15,9 +15,10 @@ from sapwood.allocation import target_density
 from sapwood.batches import Batch, Data
 from sapwood.diagnosis import diagnose
 from sapwood.functional import Forward, FunctionalModel, Loss
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_names, fingerprint
+from sapwood.isolation import isolated
+from sapwood.masks import Masks, fingerprint
 from sapwood.methods.table import METHOD_FIELDS, configured, find, settings
+from sapwood.names import Names, named_parameters, unwrapped
 from sapwood.prunable import Pattern, select
 from sapwood.pruning import Criterion, OnRound, Procedure, Result
 
@@ -112,7 +113,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         generator = torch.Generator(net.device).manual_seed(seed)
         options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
         masks, history, params = recipe.run(net, data, density, generator, **options)
-    masks = Masks(clean_names(masks), _provenance(name, recipe, seed, density, core))
+    masks = Masks(masks, _provenance(name, recipe, seed, density, core))
     seconds = time.perf_counter() - begin
     diagnosis = None
     if diagnosed:
@@ -129,11 +130,11 @@ def prunable(
 
 
 def _as_held(params: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:
-    """New weights under clean names, in the precision in which the model holds them."""
+    """New weights in the precision in which the model holds them."""
     if params is None:
         return None
-    held = dict(model.named_parameters())
-    return clean_names({name: value.detach().to(held[name].dtype) for name, value in params.items()})
+    held = named_parameters(model)
+    return {name: value.detach().to(held[name].dtype) for name, value in params.items()}
 
 
 def _density(recipe: Procedure, density: float | None, sparsity: float | None, compression: float | None) -> float:
@@ -157,7 +158,7 @@ def _provenance(name: str, recipe: Procedure, seed: int, density: float, model: 
         "density": density,
         "torch": torch.__version__,
         "sapwood": importlib.metadata.version("sapwood"),
-        "fingerprint": fingerprint(dict(model.named_parameters())),
+        "fingerprint": fingerprint(named_parameters(model)),
     }
 
 

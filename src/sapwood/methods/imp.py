@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from sapwood.allocation import target_density
 from sapwood.attach import assert_masked
 from sapwood.errors import ConfigError
-from sapwood.isolation import unwrapped
 from sapwood.masks import Masks
 from sapwood.methods.front import prunable, prune
+from sapwood.names import Names, unwrapped
 from sapwood.pruning import Criterion, OnRound, Procedure, Result, Round
 from sapwood.schedules import exponential
 
@@ -150,5 +150,5 @@ def _goals(density: float, levels: int | None) -> list[float]:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers, tied ones once."""
-    with torch.no_grad():
-        return {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    names = Names.of(model)
+    return {name: tensor.detach().clone() for name, tensor in (names.parameters | names.buffers).items()}

@@ -1,0 +1,191 @@
+"""Names: what wrappers put into the names of parameters is taken out here, and put back, one-to-one.
+
+A wrapper (`torch.compile`, DataParallel, DDP, FSDP1, AveragedModel, activation checkpointing, Fabric) holds the module
+that it stands for under an attribute of its own, which shows in `model.named_parameters()`. *Clean* names are those of
+the same model without its wrappers, wherever in it they are; *raw* names are what torch says. Masks, results and
+patterns are keyed by clean names. Whether a module is a wrapper is decided by its type, never by the attribute's name:
+a user's own module may be called `module` or `_orig_mod`, and keeps that name.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapwood.errors import MaskError, UnsupportedModelError
+from sapwood.masks import Masks, fingerprint, matched
+
+WRAPPERS = (  # where a type is defined, its name, and the attribute that holds what it wraps
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch.optim.swa_utils", "AveragedModel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+)
+
+
+class Passing(nn.Module):
+    """Stands for a wrapper in a copy: it calls what it holds, and compiles, scatters, checkpoints, exchanges nothing.
+
+    Args:
+        wrapper: The wrapper; its forward hooks are copied.
+        attribute: Where it holds the wrapped module, and where this one holds its copy.
+        memo: Of the copy that is being made, as for `copy.deepcopy`.
+    """
+
+    def __init__(self, wrapper: nn.Module, attribute: str, memo: dict[int, Any]) -> None:
+        super().__init__()
+        self.attribute = attribute
+        self._modules[attribute] = copy.deepcopy(wrapper._modules[attribute], memo)
+        hooks = {key: value for key, value in vars(wrapper).items() if re.fullmatch("_forward_.*hooks.*", key)}
+        vars(self).update(copy.deepcopy(hooks, memo))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped module."""
+        return self.get_submodule(self.attribute)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Also finds what the wrapped module has, as most wrappers do."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__(self.attribute), name)
+
+
+def wrapped(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper holds the module that it stands for; None for any other module.
+
+    A subclass with a forward of its own does more than to call what it holds, and is no wrapper. A type whose file was
+    never imported has no instances, so nothing is imported to ask.
+    """
+    if isinstance(module, Passing):
+        return module.attribute
+    for place, name, attribute in WRAPPERS:
+        kind = getattr(sys.modules.get(place), name, None)
+        if kind is not None and isinstance(module, kind) and attribute in module._modules:
+            library = type(module).forward.__module__.partition(".")[0]
+            return attribute if place.startswith(library) else None
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside any wrappers around the whole of it."""
+    attribute = wrapped(model)
+    return model if attribute is None else unwrapped(model.get_submodule(attribute))
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a model's tensors and modules, read from the module itself.
+
+    What a wrapper holds besides the module that it wraps (AveragedModel's counter) is no part of the user's model and
+    has no name here.
+
+    Attributes:
+        parameters: Every parameter once, by the first of its clean names, in torch's order.
+        buffers: Every buffer once, likewise.
+        modules: Every module that is not a wrapper, by clean name, shared ones under each of theirs.
+        tensors: All parameters and buffers by all their clean names: tied ones under each of theirs.
+        raw: The raw name of each clean name in `tensors`, relative to the model.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    modules: dict[str, nn.Module]
+    tensors: dict[str, Tensor]
+    raw: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Names:
+        """Reads a model; raw names are relative to it, wrapped or not.
+
+        Raises:
+            UnsupportedModelError: two tensors would share a clean name.
+        """
+        names = cls({}, {}, {}, {}, {})
+        known: set[int] = set()
+        for raw, clean, module in _walk(model):
+            names.modules[clean.removesuffix(".")] = module
+            for held, once in ((module._parameters, names.parameters), (module._buffers, names.buffers)):
+                for leaf, tensor in held.items():
+                    if tensor is not None:
+                        names._add(clean + leaf, raw + leaf, tensor)
+                        if id(tensor) not in known:
+                            once[clean + leaf] = tensor
+                        known.add(id(tensor))
+        return names
+
+    def _add(self, clean: str, raw: str, tensor: Tensor) -> None:
+        if clean in self.raw:
+            raise UnsupportedModelError(
+                f"The parameters {self.raw[clean]!r} and {raw!r} would both be called {clean!r} without their "
+                "wrappers: rename one of the modules (a name that contains a dot?)."
+            )
+        self.raw[clean], self.tensors[clean] = raw, tensor
+
+    @property
+    def first(self) -> dict[str, str]:
+        """For every clean name the first one of the same tensor, under which masks hold it."""
+        names = {id(tensor): name for name, tensor in (*self.parameters.items(), *self.buffers.items())}
+        return {clean: names[id(tensor)] for clean, tensor in self.tensors.items()}
+
+    def translated(self, names: Iterable[str]) -> dict[str, str]:
+        """For each given name the first clean name of its tensor.
+
+        All are read as clean names if all of them are names of this model, else all as raw ones if they all are; else
+        they are matched but for the words of wrappers, so that names from a wrapper that is not known here are found.
+
+        Raises:
+            MaskError: a name is none of the model's.
+        """
+        names, first = list(names), self.first
+        raw = {self.raw[clean]: target for clean, target in first.items()}
+        for table in (first, raw):
+            if all(name in table for name in names):
+                return {name: table[name] for name in names}
+        return matched(names, (*self.parameters, *self.buffers))
+
+    def fit(self, masks: Masks, *, strict: bool = True) -> Masks:
+        """The masks under this model's clean names, checked; two equal masks of one tied weight are one.
+
+        Raises:
+            MaskError: a masked name is missing, a shape differs, a tied weight has two unlike masks, or the fingerprint
+                is another model's (`strict`).
+        """
+        owners: dict[str, str] = {}
+        for name, target in self.translated(masks).items():
+            owner = owners.setdefault(target, name)
+            if not torch.equal(masks[owner], masks[name].to(masks[owner].device)):
+                raise MaskError(f"{owner!r} and {name!r} are one tied weight, but their masks differ: keep one of them.")
+        fitted = Masks({target: masks[name] for target, name in owners.items()}, masks.provenance)
+        as_torch_says = {self.raw[name]: tensor for name, tensor in self.parameters.items()}
+        known = masks.provenance.get("fingerprint") == fingerprint(as_torch_says)  # a file from before clean names
+        fitted.check(self.parameters, strict=strict and not known)
+        return fitted
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, by the first of its clean names, in torch's order."""
+    return Names.of(model).parameters
+
+
+def _walk(module: nn.Module, raw: str = "", clean: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """Every module that is not a wrapper, below its raw and its clean prefix, in torch's order."""
+    attribute = wrapped(module)
+    if attribute is not None:
+        yield from _walk(module.get_submodule(attribute), f"{raw}{attribute}.", clean)
+        return
+    yield raw, clean, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{raw}{name}.", f"{clean}{name}.")
