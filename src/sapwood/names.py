@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -133,11 +134,24 @@ class Names:
             )
         self.raw[clean], self.tensors[clean] = raw, tensor
 
-    @property
+    @cached_property
     def first(self) -> dict[str, str]:
         """For every clean name the first one of the same tensor, under which masks hold it."""
         names = {id(tensor): name for name, tensor in (*self.parameters.items(), *self.buffers.items())}
         return {clean: names[id(tensor)] for clean, tensor in self.tensors.items()}
+
+    @cached_property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """All clean names of each tensor, by its first."""
+        found: dict[str, tuple[str, ...]] = {}
+        for alias, name in self.first.items():
+            found[name] = (*found.get(name, ()), alias)
+        return found
+
+    def owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a tensor, and the attribute under which it does."""
+        path, _, leaf = name.rpartition(".")
+        return self.modules[path], leaf
 
     def translated(self, names: Iterable[str]) -> dict[str, str]:
         """For each given name the first clean name of its tensor.
@@ -172,6 +186,11 @@ class Names:
         known = masks.provenance.get("fingerprint") == fingerprint(as_torch_says)  # a file from before clean names
         fitted.check(self.parameters, strict=strict and not known)
         return fitted
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called (a ModuleList or a bare holder of parameters cannot)."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -94,15 +94,12 @@ class Weight:
 def all_weights(model: nn.Module) -> list[Weight]:
     """Every parameter of the model once, ties resolved, in torch's order."""
     names = Names.of(model)
-    aliases: dict[str, list[str]] = {name: [] for name in names.parameters}
-    for alias, name in names.first.items():
-        if name in aliases:
-            aliases[name].append(alias)
     weights = []
     for name, parameter in names.parameters.items():
-        owners = tuple(names.modules[_module_of(alias)] for alias in aliases[name])
-        raw = tuple(names.raw[alias] for alias in aliases[name])
-        weights.append(Weight(name, tuple(aliases[name]), owners, parameter, raw))
+        aliases = names.aliases[name]
+        owners = tuple(names.modules[_module_of(alias)] for alias in aliases)
+        raw = tuple(names.raw[alias] for alias in aliases)
+        weights.append(Weight(name, aliases, owners, parameter, raw))
     return weights
 
 
