@@ -43,7 +43,7 @@ class FunctionalModel:
         buffers: All buffers by name. Never written to.
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
-        layout: Dimensions of the channels of every prunable weight.
+        layout: Dimensions of the channels of every prunable weight of which they are known.
         loss_fn: The user's `loss(output, target)`, the mean over a batch, or None.
         group: Processes that score together, each on its share of the data; None scores alone.
     """
@@ -104,8 +104,8 @@ class FunctionalModel:
             params=params,
             buffers={name: buffer.detach() for name, buffer in Names.of(model).buffers.items()},
             prunable=prunable,
-            fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
-            layout={w.name: w.layout for w in weights if w.name in prunable},
+            fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight and w.tensor.is_floating_point()},
+            layout={w.name: w.layout for w in weights if w.name in prunable and w.layout},
             loss_fn=loss,
             group=group,
             norms=norms,

@@ -109,9 +109,9 @@ def _refuse_held_elsewhere(masked: Mapping[int, str], names: Names) -> None:
                 continue
             for name in (masked[id(leaf)] for leaf in pytree.tree_leaves(value) if id(leaf) in masked):
                 raise UnsupportedModelError(
-                    f"{name!r} is also held by the attribute {attribute!r} of {owner or 'the model'!r}, where a mask of "
-                    "torch.nn.utils.prune does not reach it: use sapwood.attach, or have the forward read the "
-                    "parameter from its module."
+                    f"{name!r} is also held by the attribute {attribute!r} of {owner or 'the model'!r}, where no mask "
+                    "of torch.nn.utils.prune reaches it: use sapwood.attach, or have the forward read the parameter "
+                    "from its module."
                 )
 
 

@@ -74,8 +74,8 @@ def matched(names: Iterable[str], named: Iterable[str]) -> dict[str, str]:
             raise MaskError(f"The masks belong to another model: it has no parameter {name!r}.")
         if len(candidates) > 1:
             raise MaskError(
-                f"The model has no parameter {name!r}, and both {candidates[0]!r} and {candidates[1]!r} are that name in "
-                "wrappers: give the masks the names that the model's parameters have."
+                f"The model has no parameter {name!r}, and both {candidates[0]!r} and {candidates[1]!r} are that name "
+                "in wrappers: give the masks the names that the model's parameters have."
             )
         found[name] = candidates[0]
     if len(set(found.values())) < len(found):

@@ -117,13 +117,10 @@ class Names:
         known: set[int] = set()
         for raw, clean, module in _walk(model):
             names.modules[clean.removesuffix(".")] = module
-            for held, once in ((module._parameters, names.parameters), (module._buffers, names.buffers)):
-                for leaf, tensor in held.items():
-                    if tensor is not None:
-                        names._add(clean + leaf, raw + leaf, tensor)
-                        if id(tensor) not in known:
-                            once[clean + leaf] = tensor
-                        known.add(id(tensor))
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    names._add(clean + leaf, raw + leaf, tensor)
+                    names._add_once(clean + leaf, tensor, known)
         return names
 
     def _add(self, clean: str, raw: str, tensor: Tensor) -> None:
@@ -133,6 +130,13 @@ class Names:
                 "wrappers: rename one of the modules (a name that contains a dot?)."
             )
         self.raw[clean], self.tensors[clean] = raw, tensor
+
+    def _add_once(self, clean: str, tensor: Tensor, known: set[int]) -> None:
+        if id(tensor) not in known and isinstance(tensor, nn.Parameter):
+            self.parameters[clean] = tensor
+        elif id(tensor) not in known:
+            self.buffers[clean] = tensor
+        known.add(id(tensor))
 
     @cached_property
     def first(self) -> dict[str, str]:
@@ -180,7 +184,7 @@ class Names:
         for name, target in self.translated(masks).items():
             owner = owners.setdefault(target, name)
             if not torch.equal(masks[owner], masks[name].to(masks[owner].device)):
-                raise MaskError(f"{owner!r} and {name!r} are one tied weight, but their masks differ: keep one of them.")
+                raise MaskError(f"{owner!r} and {name!r} are one tied weight, but their masks differ: keep one.")
         fitted = Masks({target: masks[name] for target, name in owners.items()}, masks.provenance)
         as_torch_says = {self.raw[name]: tensor for name, tensor in self.parameters.items()}
         known = masks.provenance.get("fingerprint") == fingerprint(as_torch_says)  # a file from before clean names

@@ -54,10 +54,21 @@ class Weight:
 
     @property
     def is_layer_weight(self) -> bool:
-        """Whether it is a weight that is pruned by default."""
+        """Whether it is a weight that is pruned by default: by all its owners, its name and its dimensions."""
         named = "weight" in self.name.rpartition(".")[2] or self.name.endswith("parametrizations.weight.original")
-        layer = all(_is_layer(owner) for owner in self.owners)
-        return self.tensor.dim() >= 2 and layer and (named or self.is_normalised)
+        return all(map(self._is_weight_of, self.owners)) and (named or self.is_normalised)
+
+    def _is_weight_of(self, owner: nn.Module) -> bool:
+        """A stack of matrices in a subclass of Linear is no linear layer's weight."""
+        if isinstance(owner, _ConvNd | nn.Bilinear):
+            return self.tensor.dim() >= 2
+        return self.tensor.dim() == 2 and (isinstance(owner, LAYERS) or self._is_transposed)
+
+    @property
+    def _is_transposed(self) -> bool:
+        """Whether it is the weight, (in, out), of Hugging Face's linear layer, which says its outputs in `nf`."""
+        owner = self.owners[0]
+        return type(owner).__name__ == "Conv1D" and getattr(owner, "nf", None) == self.tensor.shape[-1]
 
     @property
     def is_normalised(self) -> bool:
@@ -66,19 +77,33 @@ class Weight:
 
     @property
     def fan_in(self) -> int:
-        """Inputs that one output unit sums over (of the dense weight)."""
+        """Inputs that one output unit sums over (of the dense weight), by the convention of the layer that owns it.
+
+        Raises:
+            UnsupportedModelError: it is no layer's weight, and which of its dimensions is summed over is the forward's.
+        """
         shape, owner = self.tensor.shape, self.owners[0]
+        if not self.is_layer_weight:
+            raise UnsupportedModelError(
+                f"{self.name!r} of shape {tuple(shape)} is not the weight of a linear, convolution, attention or "
+                "recurrent layer, so its fan-in is not known (a stack of experts may be (experts, out, in) or "
+                "(experts, in, out)): exclude it, or make it the weight of a layer."
+            )
         if isinstance(owner, _ConvTransposeNd):  # (in, out / groups, ...): torch's own formula takes the wrong axis
             return shape[0] // owner.groups * math.prod(shape[2:])
-        if type(owner).__name__ == "Conv1D":  # Hugging Face's transposed linear layer
-            return shape[0]
-        return math.prod(shape[1:])
+        return shape[0] if self._is_transposed else math.prod(shape[1:])
 
     @property
-    def layout(self) -> Layout:
-        """Dimensions of its output and input channels; an embedding's inputs are its words."""
+    def layout(self) -> Layout | None:
+        """Dimensions of its output and input channels; None where they are not known.
+
+        They are known of layers, of vectors, and of embeddings, whose inputs are their words.
+        """
         owner = self.owners[0]
-        inputs_first = isinstance(owner, _ConvTransposeNd | nn.Embedding) or type(owner).__name__ == "Conv1D"
+        known = self.is_layer_weight or isinstance(owner, nn.Embedding | nn.EmbeddingBag) or self.tensor.dim() < 2
+        if not known:
+            return None
+        inputs_first = isinstance(owner, _ConvTransposeNd | nn.Embedding | nn.EmbeddingBag) or self._is_transposed
         return Layout(int(inputs_first), owner.groups if isinstance(owner, _ConvNd) else 1)
 
     def matches(self, pattern: Pattern) -> bool:
@@ -116,10 +141,11 @@ def select(
 
     Raises:
         ConfigError: a pattern selects nothing.
-        UnsupportedModelError: nothing is left to prune, or the model is already under `torch.nn.utils.prune`.
+        UnsupportedModelError: nothing is left to prune, a weight is quantised, or the model is already under
+            `torch.nn.utils.prune`.
     """
     weights = all_weights(model)
-    include, exclude = _patterns(include), _patterns(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     for word, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(weight.matches(pattern) for weight in weights):
@@ -133,6 +159,7 @@ def select(
             "layer is left. Name parameters with include=, or exclude less."
         )
     for weight in chosen:
+        _refuse_quantised(weight)
         if weight.is_normalised:
             raise UnsupportedModelError(
                 f"{weight.name!r} is under weight_norm, where a unit without weights becomes 0/0: remove the "
@@ -141,17 +168,14 @@ def select(
     return chosen
 
 
-def _is_layer(owner: nn.Module) -> bool:
-    return isinstance(owner, LAYERS) or type(owner).__name__ == "Conv1D"
-
-
 def _module_of(name: str) -> str:
     """The module that a user would name: "fc" for "fc.weight" and for "fc.parametrizations.weight.original"."""
     parts = name.split(".")
     return ".".join(parts[: parts.index("parametrizations") if "parametrizations" in parts else -1])
 
 
-def _patterns(patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
+def as_patterns(patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
+    """One pattern or several, as several."""
     return (patterns,) if isinstance(patterns, str | type | nn.Module) else tuple(patterns)
 
 
@@ -161,6 +185,15 @@ def _matches_nothing(word: str, pattern: Pattern, weights: list[Weight]) -> Conf
         return unknown_name(f"parameter or module in {word}", pattern, names)
     what = pattern.__name__ if isinstance(pattern, type) else f"the given {type(pattern).__name__}"
     return ConfigError(f"{word} names {what}, but no parameter of the model belongs to it.")
+
+
+def _refuse_quantised(weight: Weight) -> None:
+    dtype = weight.tensor.dtype
+    if not (dtype.is_complex or dtype.is_floating_point) or dtype.itemsize < 2:
+        raise UnsupportedModelError(
+            f"{weight.name!r} holds {str(dtype).removeprefix('torch.')} numbers, and only floating-point weights of 16 "
+            f"bits or more can be pruned: prune before quantising, or leave it out with exclude={weight.name!r}."
+        )
 
 
 def _refuse_torch_pruned(model: nn.Module) -> None:

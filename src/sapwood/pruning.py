@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sapwood.allocation import Allocation, allocation, budget
 from sapwood.batches import Data
+from sapwood.coverage import Coverage
 from sapwood.errors import MaskError, SapwoodWarning, ScoreError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
@@ -130,6 +131,7 @@ class Result:
         method: The method's name.
         params: New values of parameters and buffers, by name, pruned weights zero; None: the model's own stay.
         diagnosis: What the masks leave of the network, if it was asked for.
+        coverage: What of the model the masks cover, and what is left dense; None where no model was looked at.
     """
 
     masks: Masks
@@ -139,6 +141,7 @@ class Result:
     method: str = field(default="")
     params: Params | None = field(default=None, repr=False)
     diagnosis: Described | None = None
+    coverage: Coverage | None = None
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
@@ -164,14 +167,15 @@ class Result:
         return self.masks.collapsed
 
     def report(self) -> str:
-        """The per-layer table with a line on how it was made."""
+        """The per-layer table with a line on how it was made, and what is left dense of the model."""
         rounds = f"{len(self.history)} round{'' if len(self.history) == 1 else 's'}"
         head = (
             f"{self.method}: {self.masks.kept:,} of {self.masks.total:,} weights kept in {rounds}, {self.seconds:.1f} s"
         )
         empty = f"\ncollapsed layers: {', '.join(self.collapsed)}" if self.collapsed else ""
         left = "" if self.diagnosis is None else f"\n\n{self.diagnosis.table()}"
-        return f"{head}, seed {self.seed}\n\n{self.masks.table()}{empty}{left}"
+        whole = "" if self.coverage is None else f"\n{self.coverage.text(self.masks.total - self.masks.kept)}"
+        return f"{head}, seed {self.seed}{whole}\n\n{self.masks.table()}{empty}{left}"
 
     def __str__(self) -> str:
         return self.report()

@@ -61,10 +61,7 @@ def count(net: FunctionalModel, masks: Masks, template: Batch) -> Paths:
 def _paths(value: float, scale: float, gradients: Params, leaves: Params) -> Paths:
     log10 = math.log10(value) - math.log10(scale) if value > 0 else -math.inf
     some = value > 0
-    parts = {
-        n: leaves[n].detach() * g / (value * scale) if some else torch.zeros_like(g)
-        for n, g in gradients.items()
-    }
+    parts = {n: leaves[n].detach() * g / (value * scale) if some else torch.zeros_like(g) for n, g in gradients.items()}
     return Paths(log10, parts)
 
 

@@ -22,8 +22,8 @@ from sapwood.experiments.material import create_model, load_data
 from sapwood.experiments.stages import pruned
 from sapwood.experiments.summary import finished, sparsity
 from sapwood.masks import Masks
-from sapwood.names import Names
 from sapwood.methods import METHODS
+from sapwood.names import Names
 
 PAPER = ("ntk-sap", "snip", "iter-snip", "synflow", "magnitude", "grasp")
 ALL = "all"

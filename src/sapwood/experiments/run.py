@@ -22,8 +22,8 @@ from sapwood.experiments.stages import pruned, trained
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.together import first, gathered
 from sapwood.masks import Masks
-from sapwood.names import Names
 from sapwood.methods import prunable
+from sapwood.names import Names
 from sapwood.training import Epoch, TrainResult
 
 if TYPE_CHECKING:  # imported late, as it is slow to import

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Iterable, Mapping
@@ -11,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sapwood.allocation import target_density
+from sapwood.allocation import Layerwise, target_density
 from sapwood.batches import Batch, Data
+from sapwood.coverage import Coverage
 from sapwood.diagnosis import diagnose
 from sapwood.functional import Forward, FunctionalModel, Loss
 from sapwood.isolation import isolated
@@ -104,6 +106,9 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     recipe = configured(name, found, fields)
     density = _density(recipe, density, sparsity, compression)
     core = unwrapped(model)
+    names = Names.of(core)
+    recipe = _in_names_of(names, recipe)
+    within = None if within is None else names.fit(within, strict=False)
     device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
     with isolated(seed, device):
         data = Data.collect(batches, input_shape, device)
@@ -119,7 +124,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     if diagnosed:
         shown = None if data.input_shape else data.batches or None
         diagnosis = diagnose(core, masks, input_shape=data.input_shape, batches=shown, forward=forward, seed=seed)
-    return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis)
+    coverage = Coverage.of(core, masks, exclude)
+    return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis, coverage)
 
 
 def prunable(
@@ -127,6 +133,21 @@ def prunable(
 ) -> dict[str, Tensor]:
     """The weights that `prune` would prune, by name, in order; tied weights once."""
     return {weight.name: weight.tensor for weight in select(unwrapped(model), include, exclude)}
+
+
+def _in_names_of(names: Names, recipe: Procedure) -> Procedure:
+    """The recipe with the densities of its allocation, if it gives them by layer, under the model's clean names."""
+    rule = getattr(recipe, "allocation", None)
+    shares = rule.shares if isinstance(rule, Layerwise) else rule
+    if not isinstance(shares, Mapping):
+        return recipe
+    clean = names.translated(shares)
+    renamed: Any = {clean[name]: share for name, share in shares.items()}
+    if isinstance(shares, Masks):
+        renamed = Masks(renamed, shares.provenance)
+    if isinstance(rule, Layerwise):
+        renamed = dataclasses.replace(rule, shares=renamed)
+    return dataclasses.replace(recipe, allocation=renamed)  # type: ignore[type-var]  # methods are dataclasses
 
 
 def _as_held(params: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sapwood.allocation import target_density
 from sapwood.attach import assert_masked
+from sapwood.coverage import Coverage
 from sapwood.errors import ConfigError
 from sapwood.masks import Masks
 from sapwood.methods.front import prunable, prune
@@ -131,7 +131,9 @@ def imp(  # noqa: PLR0913  # a front door: every argument but the model is a key
         if on_level is not None:
             on_level(history[-1], result.masks)
     seconds = time.perf_counter() - begin
-    return Result(result.masks, tuple(history), seconds, seed, f"imp ({result.method})", _state(trained))
+    name = f"imp ({result.method})"
+    coverage = Coverage.of(core, result.masks, patterns["exclude"])
+    return Result(result.masks, tuple(history), seconds, seed, name, _state(trained), coverage=coverage)
 
 
 def _by_name(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
