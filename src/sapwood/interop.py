@@ -18,8 +18,8 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
 
 from sapwood.errors import MaskError, UnsupportedModelError
-from sapwood.masks import Masks, clean_name
-from sapwood.names import Names, has_forward
+from sapwood.masks import WRAPPERS, Masks
+from sapwood.names import Names, has_forward, wrapped
 
 PARAMETRIZED = re.compile(r"^(?P<module>.*?)\.?parametrizations\.(?P<leaf>\w+)\.\d+\.mask$")
 
@@ -36,10 +36,11 @@ def to_torch_prune(masks: Masks, model: nn.Module) -> nn.Module:
     Raises:
         MaskError: the masks do not fit the model; nothing was changed.
         UnsupportedModelError: an attribute of a module holds a masked weight besides being its parameter, where no mask
-            of torch's reaches it; nothing was changed.
+            of torch's reaches it, or the model is sharded; nothing was changed.
     """
     names = Names.of(model)
     masks = names.fit(masks)
+    _refuse_sharded(model, names)
     aliases = [alias for name in masks for alias in names.aliases[name]]
     _refuse_held_elsewhere({id(names.parameters[name]): name for name in masks}, names)
 
@@ -69,7 +70,7 @@ def from_torch_prune(source: nn.Module | Mapping[str, Tensor]) -> Masks:
     if isinstance(source, nn.Module):
         state: Mapping[str, Tensor] = Names.of(source).tensors
     else:
-        state = {clean_name(key): tensor for key, tensor in source.items()}
+        state = _without_prefix(source)
 
     masks: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -82,6 +83,15 @@ def from_torch_prune(source: nn.Module | Mapping[str, Tensor]) -> Masks:
             "'parametrizations.X.0.mask' entries was expected."
         )
     return Masks(_once_each(masks, state))
+
+
+def _refuse_sharded(model: nn.Module, names: Names) -> None:
+    sharded = [name for name, parameter in names.parameters.items() if hasattr(parameter, "device_mesh")]
+    if sharded or any(wrapped(module) == "_fsdp_wrapped_module" for module in model.modules()):
+        raise UnsupportedModelError(
+            "A sharded model keeps its parameters under their names, and torch.nn.utils.prune renames them: convert "
+            "the model before sharding it, or use sapwood.attach with fully_shard."
+        )
 
 
 def _above(name: str, names: Names) -> list[nn.Module]:
@@ -113,6 +123,15 @@ def _refuse_held_elsewhere(masked: Mapping[int, str], names: Names) -> None:
                     "of torch.nn.utils.prune reaches it: use sapwood.attach, or have the forward read the parameter "
                     "from its module."
                 )
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the words that wrappers put before or into names; `module.` only if all names have it."""
+    state = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in state.items()}
+    state.pop("n_averaged", None)  # AveragedModel's
+    while state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
 
 
 def _masked_by(key: str, state: Mapping[str, Tensor]) -> str | None:

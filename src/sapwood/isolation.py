@@ -71,13 +71,22 @@ def skeleton(model: nn.Module) -> nn.Module:
     for module in model.modules():  # tensors computed from parameters (old weight_norm) refuse deepcopy
         computed = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
         memo |= {id(tensor): tensor.detach() for tensor in computed}
+    for module in reversed(list(model.modules())):  # the innermost wrapper first
+        if (attribute := wrapped(module)) is not None:
+            memo[id(module)] = Passing(attribute, copied(module.get_submodule(attribute), memo), module)
+    return copied(model, memo)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; `memo` says what stands for which object in it, by id.
+
+    Raises:
+        UnsupportedModelError: the module cannot be copied.
+    """
     try:
-        for module in reversed(list(model.modules())):  # the innermost wrapper first
-            if (attribute := wrapped(module)) is not None:
-                memo[id(module)] = Passing(module, attribute, memo)
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied, which scoring needs so as to leave it untouched: {error}. "
-            "Keep locks, files and process groups out of the module's attributes."
+            f"{type(model).__name__} cannot be copied, which is needed so as to leave it untouched: {error}. "
+            "Keep locks, files and process groups out of the module's attributes, and wrap it (FSDP) afterwards."
         ) from error

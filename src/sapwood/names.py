@@ -33,23 +33,23 @@ WRAPPERS = (  # where a type is defined, its name, and the attribute that holds 
     ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
     ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
 )
+HOOKS = "_forward_.*hooks.*"  # attributes of torch's modules
 
 
 class Passing(nn.Module):
     """Stands for a wrapper in a copy: it calls what it holds, and compiles, scatters, checkpoints, exchanges nothing.
 
     Args:
-        wrapper: The wrapper; its forward hooks are copied.
-        attribute: Where it holds the wrapped module, and where this one holds its copy.
-        memo: Of the copy that is being made, as for `copy.deepcopy`.
+        attribute: Where the wrapper holds the wrapped module, and where this one holds `inner`.
+        inner: A copy of the wrapped module.
+        wrapper: The wrapper itself, whose forward hooks are taken over.
     """
 
-    def __init__(self, wrapper: nn.Module, attribute: str, memo: dict[int, Any]) -> None:
+    def __init__(self, attribute: str, inner: nn.Module, wrapper: nn.Module) -> None:
         super().__init__()
         self.attribute = attribute
-        self._modules[attribute] = copy.deepcopy(wrapper._modules[attribute], memo)
-        hooks = {key: value for key, value in vars(wrapper).items() if re.fullmatch("_forward_.*hooks.*", key)}
-        vars(self).update(copy.deepcopy(hooks, memo))
+        self._modules[attribute] = inner
+        vars(self).update({key: copy.copy(value) for key, value in vars(wrapper).items() if re.fullmatch(HOOKS, key)})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped module."""
@@ -80,9 +80,16 @@ def wrapped(module: nn.Module) -> str | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside any wrappers around the whole of it."""
+    """The user's own module inside any wrappers around the whole of it.
+
+    Raises:
+        UnsupportedModelError: FSDP1 holds the weights in shards.
+    """
     attribute = wrapped(model)
-    return model if attribute is None else unwrapped(model.get_submodule(attribute))
+    if attribute is None:
+        return model
+    _refuse_shards(model)
+    return unwrapped(model.get_submodule(attribute))
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Names:
         """Reads a model; raw names are relative to it, wrapped or not.
 
         Raises:
-            UnsupportedModelError: two tensors would share a clean name.
+            UnsupportedModelError: two tensors would share a clean name, or FSDP1 holds the weights in shards.
         """
         names = cls({}, {}, {}, {}, {})
         known: set[int] = set()
@@ -202,10 +209,25 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return Names.of(model).parameters
 
 
+def _refuse_shards(wrapper: nn.Module) -> None:
+    """FSDP1 keeps the original shapes with its flat parameter; its modules hold other ones outside of a forward."""
+    flat = getattr(getattr(wrapper, "_handle", None), "flat_param", None)
+    if flat is None:
+        return
+    for (leaf, module, path), shape in zip(flat._param_infos, flat._shapes, strict=True):
+        if getattr(module._parameters.get(leaf), "shape", None) != shape:
+            name = f"{path}.{leaf}" if path else leaf
+            raise UnsupportedModelError(
+                f"{name!r} is sharded or flattened by FullyShardedDataParallel: prune the model before wrapping it "
+                "(then fully_shard, and attach), or call this inside FSDP.summon_full_params(model)."
+            )
+
+
 def _walk(module: nn.Module, raw: str = "", clean: str = "") -> Iterator[tuple[str, str, nn.Module]]:
     """Every module that is not a wrapper, below its raw and its clean prefix, in torch's order."""
     attribute = wrapped(module)
     if attribute is not None:
+        _refuse_shards(module)
         yield from _walk(module.get_submodule(attribute), f"{raw}{attribute}.", clean)
         return
     yield raw, clean, module

@@ -11,7 +11,6 @@ Defaults: 20 % of the weights a level and the magnitude as score, as in these pa
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -24,6 +23,7 @@ from sapwood.allocation import target_density
 from sapwood.attach import assert_masked
 from sapwood.coverage import Coverage
 from sapwood.errors import ConfigError
+from sapwood.isolation import copied
 from sapwood.masks import Masks
 from sapwood.methods.front import prunable, prune
 from sapwood.names import Names, unwrapped
@@ -113,7 +113,7 @@ def imp(  # noqa: PLR0913  # a front door: every argument but the model is a key
     target = target_density(density, sparsity, compression)
     core = unwrapped(model)
     options |= (patterns := _by_name(core, options))
-    trained = copy.deepcopy(core)
+    trained = copied(core)
     result = Result(Masks.dense(prunable(trained, **patterns)), (), 0.0, seed)
     if until_rewind is not None:
         until_rewind(trained)
