@@ -64,9 +64,14 @@ def _grouped(rest: list[Weight], weights: list[Weight], covered: Collection[str]
     """Sizes by name, those that differ in numbers only under one glob, if that is fit for `include`."""
     names = {weight.name for weight in rest}
     unfit = [weight.name for weight in weights if weight.name not in names and weight.name not in covered]
-    groups: dict[str, int] = {}
+    alike: dict[str, list[Weight]] = {}
     for weight in rest:
-        glob = re.sub(r"(?:(?<=\.)|^)\d+(?=\.)", "*", weight.name)
-        name = weight.name if any(fnmatchcase(other, glob) for other in unfit) else glob
-        groups[name] = groups.get(name, 0) + weight.tensor.numel()
+        alike.setdefault(re.sub(r"(?:(?<=\.)|^)\d+(?=\.)", "*", weight.name), []).append(weight)
+
+    groups: dict[str, int] = {}
+    for glob, members in alike.items():
+        single = len(members) == 1 or any(fnmatchcase(name, glob) for name in unfit)
+        for weight in members:
+            name = weight.name if single else glob
+            groups[name] = groups.get(name, 0) + weight.tensor.numel()
     return groups

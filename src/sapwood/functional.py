@@ -88,10 +88,10 @@ class FunctionalModel:
             UnsupportedModelError: the model cannot be read, or has nothing to prune.
             ScoreError: a parameter holds NaN or infinite values.
         """
-        model = unwrapped(model)
         _refuse_unreadable(model)
         weights = all_weights(model)
         prunable = tuple(weight.name for weight in select(model, include, exclude))
+        model = unwrapped(model)
         params = {weight.name: _readable(weight) for weight in weights}
         if zero_init == "ones":
             params |= _opened(params)
@@ -273,7 +273,7 @@ class _Runner(nn.Module):
 
 def _readable(weight: Weight) -> Tensor:
     tensor = weight.tensor.detach()
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
         raise ScoreError(f"The parameter {weight.name!r} holds NaN or infinite values; nothing can be scored with it.")
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

@@ -64,7 +64,7 @@ def effective(
         2
     """
     core = unwrapped(model)
-    masks = Names.of(core).fit(masks, strict=False)
+    masks = Names.of(model).fit(masks, strict=False)
     device = next(core.parameters()).device
     with isolated(0, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")

@@ -146,7 +146,7 @@ def diagnose(
         (1, {'0.weight': (0,)}, 2)
     """
     core = unwrapped(model)
-    masks = Names.of(core).fit(masks, strict=False)
+    masks = Names.of(model).fit(masks, strict=False)
     live = effective(core, masks, input_shape=input_shape, batches=batches, forward=forward)
     device = next(core.parameters()).device
     with isolated(seed, device):

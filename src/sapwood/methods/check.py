@@ -124,8 +124,8 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
     device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
     with isolated(seed, device):
         data = Data.collect(None, input_shape, device)
-        net = FunctionalModel.of(core, include=include, exclude=exclude)
-        masks = Masks.dense(net.weights) if masks is None else Names.of(core).fit(masks.to(device), strict=False)
+        net = FunctionalModel.of(model, include=include, exclude=exclude)
+        masks = Masks.dense(net.weights) if masks is None else Names.of(model).fit(masks.to(device), strict=False)
         masks.check(net.weights, strict=False)
         closed = NtkSapAnalytic(epsilon=epsilon).gradient(net, masks, data)
         generator = torch.Generator(net.device).manual_seed(seed)

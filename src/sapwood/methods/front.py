@@ -106,14 +106,14 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     recipe = configured(name, found, fields)
     density = _density(recipe, density, sparsity, compression)
     core = unwrapped(model)
-    names = Names.of(core)
+    names = Names.of(model)
     recipe = _in_names_of(names, recipe)
     within = None if within is None else names.fit(within, strict=False)
     device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
     with isolated(seed, device):
         data = Data.collect(batches, input_shape, device)
         net = FunctionalModel.of(
-            core, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
+            model, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
         generator = torch.Generator(net.device).manual_seed(seed)
         options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
@@ -124,7 +124,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     if diagnosed:
         shown = None if data.input_shape else data.batches or None
         diagnosis = diagnose(core, masks, input_shape=data.input_shape, batches=shown, forward=forward, seed=seed)
-    coverage = Coverage.of(core, masks, exclude)
+    coverage = Coverage.of(model, masks, exclude)
     return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis, coverage)
 
 
@@ -132,7 +132,7 @@ def prunable(
     model: nn.Module, include: Iterable[Pattern] | Pattern = (), exclude: Iterable[Pattern] | Pattern = ()
 ) -> dict[str, Tensor]:
     """The weights that `prune` would prune, by name, in order; tied weights once."""
-    return {weight.name: weight.tensor for weight in select(unwrapped(model), include, exclude)}
+    return {weight.name: weight.tensor for weight in select(model, include, exclude)}
 
 
 def _in_names_of(names: Names, recipe: Procedure) -> Procedure:

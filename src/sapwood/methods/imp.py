@@ -112,7 +112,7 @@ def imp(  # noqa: PLR0913  # a front door: every argument but the model is a key
     begin = time.perf_counter()
     target = target_density(density, sparsity, compression)
     core = unwrapped(model)
-    options |= (patterns := _by_name(core, options))
+    options |= (patterns := _by_name(model, options))
     trained = copied(core)
     result = Result(Masks.dense(prunable(trained, **patterns)), (), 0.0, seed)
     if until_rewind is not None:

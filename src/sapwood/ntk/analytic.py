@@ -78,10 +78,10 @@ def analytic_kernel(
         raise unknown_name("parametrization", parametrization, PARAMETRIZATIONS)
     core = unwrapped(model)
     names = Names.of(core)
-    masks = None if masks is None else names.fit(masks, strict=False)
+    masks = None if masks is None else Names.of(model).fit(masks, strict=False)
     with isolated(0, device_of(core)):
         limit = Limit(
-            frozenset(_trained(core, parameters)),
+            frozenset(_trained(model, parameters)),
             {} if masks is None else {name: count.density for name, count in masks.per_layer().items()},
             parametrization == "standard",
             memory,

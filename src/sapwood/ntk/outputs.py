@@ -109,9 +109,9 @@ class Outputs:
         """
         chosen, core = Options(**options), unwrapped(model)
         _refuse_random_layers(core, chosen)
-        net = FunctionalModel.of(core, include=parameters or (), forward=chosen.forward, zero_init="keep")
+        net = FunctionalModel.of(model, include=parameters or (), forward=chosen.forward, zero_init="keep")
         if parameters is not None:
-            net = replace(net, prunable=_named(core, net, parameters))
+            net = replace(net, prunable=_named(model, net, parameters))
         if net.norms and chosen.batchnorm is None:
             raise ConfigError(
                 f"{type(core).__name__} has {len(net.norms)} BatchNorm layers: say batchnorm='train' (statistics of "
@@ -121,7 +121,7 @@ class Outputs:
         if chosen.dtype is not None:
             net = replace(net, params=_in(net.params, chosen.dtype), buffers=_in(net.buffers, chosen.dtype))
         if masks is not None:
-            masks = Names.of(core).fit(masks, strict=False)
+            masks = Names.of(model).fit(masks, strict=False)
         params = net.params if masks is None else _masked(net.params, masks)
         batch = _checked(inputs_of(x), net.device)
         groups = tuple(Piece(part, start, None) for start, part in _parts(batch, chosen, net))
