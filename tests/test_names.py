@@ -48,7 +48,9 @@ class Nest(nn.Module):
         return x
 
 
-NAMES = st.sampled_from(["module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "fc", "0", "n_averaged"])
+NAMES = st.sampled_from(["module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "0", "n_averaged"])
+    ["module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "fc", "0", "n_averaged"]
+)
 WRAPS = st.lists(st.sampled_from(list(WRAPPERS)), max_size=2)
 TREES = st.recursive(
     st.tuples(WRAPS, st.none()),
@@ -282,6 +284,7 @@ def sharded(module, *, use_orig_params=True):
 @pytest.mark.parametrize("where", ["whole", "part"])
 def test_wrappers_of_distributed_training(where, tmp_path):
     from lightning_fabric import Fabric
+
     fabric = Fabric(accelerator="cpu", devices=1)
     with alone(tmp_path):
         for wrap in (nn.parallel.DistributedDataParallel, fabric.setup_module, sharded):

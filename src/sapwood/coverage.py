@@ -20,11 +20,13 @@ class Coverage:
     """The matrices of a model that no mask covers; a matrix has two or more dimensions above one.
 
     Attributes:
+        pruned: Number of weights that the masks remove.
         parameters: Number of the model's weights of any kind, tied ones once.
         left_out: Number of weights of each matrix that is not pruned by default and that `include` did not name.
         excluded: The same of those that `exclude` names.
     """
 
+    pruned: int
     parameters: int
     left_out: Mapping[str, int]
     excluded: Mapping[str, int]
@@ -37,11 +39,13 @@ class Coverage:
         by_user = {weight.name for weight in rest if any(weight.matches(pattern) for pattern in unwanted)}
         left_out = _grouped([w for w in rest if w.name not in by_user], weights, masks)
         excluded = _grouped([w for w in rest if w.name in by_user], weights, masks)
-        return cls(sum(weight.tensor.numel() for weight in weights), left_out, excluded)
+        pruned, parameters = masks.total - masks.kept, sum(weight.tensor.numel() for weight in weights)
+        return cls(pruned, parameters, left_out, excluded)
 
-    def text(self, pruned: int) -> str:
-        """What share of the model `pruned` weights are, and what is left dense: a line each, as far as there is any."""
-        lines = [f"{pruned:,} of the model's {self.parameters:,} parameters are pruned, {pruned / self.parameters:.2%}"]
+    def __str__(self) -> str:
+        """What share of the model is pruned, and what is left dense: a line each, as far as there is any."""
+        share = f"{self.pruned / self.parameters:.2%}"
+        lines = [f"{self.pruned:,} of the model's {self.parameters:,} parameters are pruned, {share}"]
         if self.left_out:
             lines.append(f"left dense by default: {self._list(self.left_out)}; name them in include= to prune them")
         if self.excluded:

@@ -74,8 +74,8 @@ def wrapped(module: nn.Module) -> str | None:
     for place, name, attribute in WRAPPERS:
         kind = getattr(sys.modules.get(place), name, None)
         if kind is not None and isinstance(module, kind) and attribute in module._modules:
-            library = type(module).forward.__module__.partition(".")[0]
-            return attribute if place.startswith(library) else None
+            written_in = type(module).forward.__module__
+            return attribute if written_in.partition(".")[0] == place.partition(".")[0] else None
     return None
 
 
@@ -187,10 +187,13 @@ class Names:
             MaskError: a masked name is missing, a shape differs, a tied weight has two unlike masks, or the fingerprint
                 is another model's (`strict`).
         """
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise MaskError(f"{name!r} has no shape yet: run one forward pass first (lazy module).")
         owners: dict[str, str] = {}
         for name, target in self.translated(masks).items():
             owner = owners.setdefault(target, name)
-            if not torch.equal(masks[owner], masks[name].to(masks[owner].device)):
+            if owner != name and not torch.equal(masks[owner], masks[name].to(masks[owner].device)):
                 raise MaskError(f"{owner!r} and {name!r} are one tied weight, but their masks differ: keep one.")
         fitted = Masks({target: masks[name] for target, name in owners.items()}, masks.provenance)
         as_torch_says = {self.raw[name]: tensor for name, tensor in self.parameters.items()}

@@ -174,7 +174,7 @@ class Result:
         )
         empty = f"\ncollapsed layers: {', '.join(self.collapsed)}" if self.collapsed else ""
         left = "" if self.diagnosis is None else f"\n\n{self.diagnosis.table()}"
-        whole = "" if self.coverage is None else f"\n{self.coverage.text(self.masks.total - self.masks.kept)}"
+        whole = "" if self.coverage is None else f"\n{self.coverage}"
         return f"{head}, seed {self.seed}{whole}\n\n{self.masks.table()}{empty}{left}"
 
     def __str__(self) -> str:

@@ -65,7 +65,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             own `.loss` for mappings with labels, else cross-entropy.
         forward: `forward(model, inputs)`, for models that are not simply called.
         include: What to prune besides the weights of linear, convolution, attention and recurrent layers: names, globs,
-            module types, modules.
+            module types, modules. NTK-SAP scores what is no layer's weight at its present values: it has no known
+            fan-in for a fresh draw.
         exclude: What to leave dense; it does not count into the density.
         min_per_layer: Weights that every layer keeps at least.
         zero_init: "ones" scores zero-initialised branch scales (zero-gamma BatchNorm, LayerScale) as ones, "keep" as
