@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nets import TinyViT, mlp
-from sapwood import UnsupportedModelError, imp, prunable, prune
+from sapwood import UnsupportedModelError, imp, ntk, prunable, prune
 from sapwood.coverage import Coverage
 from sapwood.diagnosis import diagnose
 from sapwood.prunable import all_weights, select
@@ -169,3 +169,18 @@ def test_quantised_weights_are_refused_by_name_with_the_remedy(dtype):
     assert [weight.name for weight in select(model, exclude="2")] == ["0.weight"]
     left = prune(model, method="random", density=0.5, exclude="2").coverage
     assert left.excluded == {"2.weight": 18}
+
+
+@pytest.mark.trap(83)
+def test_a_kernel_of_all_parameters_is_of_those_that_have_derivatives():
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.order = nn.Linear(4, 3), nn.Parameter(torch.arange(4), requires_grad=False)
+
+        def forward(self, x):
+            return self.fc(x[:, self.order])
+
+    model, x = Indexed(), torch.randn(2, 4)
+    expected = torch.kron(x @ x.T + 1, torch.eye(3))
+    torch.testing.assert_close(ntk.kernel(model, x, parameters="*").detach(), expected, check_dtype=False)

@@ -188,22 +188,30 @@ def test_a_converted_model_trains_as_one_that_is_masked_by_hand(build):
         torch.testing.assert_close(by_hand, theirs, rtol=1e-5, atol=1e-6)
 
 
+def in_a_container(model):
+    model.kept = {"weights": [model[1].weight]}
+
+
+def in_a_closure(model):
+    weight = model[1].weight
+    model.kept = lambda x: F.linear(x, weight)
+
+
+def in_a_module_of_its_own(model):
+    twin = nn.Linear(6, 3)
+    twin.weight = model[1].weight
+    model.kept = [twin]
+
+
 @pytest.mark.trap(84)
-def test_a_weight_that_the_forward_holds_by_itself_is_refused_and_nothing_is_changed():
-    class Captured(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.fc = nn.Linear(5, 6), nn.Linear(6, 3)
-            self.kept = {"weights": [self.fc.weight]}
-
-        def forward(self, x):
-            return F.linear(torch.relu(self.a(x)), self.kept["weights"][0])
-
-    model = Captured()
+@pytest.mark.parametrize("hold", [in_a_container, in_a_closure, in_a_module_of_its_own])
+def test_a_weight_that_the_forward_holds_past_its_module_is_refused_and_nothing_is_changed(hold):
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))
+    hold(model)
     masks = prune(model, method="random", density=0.5).masks
-    with pytest.raises(UnsupportedModelError, match=r"'fc\.weight' is also held by the attribute 'kept'"):
+    with pytest.raises(UnsupportedModelError, match=r"'1\.weight' is also held by the attribute 'kept' of 'the model'"):
         to_torch_prune(masks, model)
-    assert set(model.state_dict()) == {"a.weight", "a.bias", "fc.weight", "fc.bias"}
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 @pytest.mark.trap(84)

@@ -9,7 +9,8 @@ before, and the second `backward` fails. So `to_torch_prune` has the modules abo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -111,18 +112,29 @@ def _recompute(module: nn.Module, inputs: Any) -> None:
 
 
 def _refuse_held_elsewhere(masked: Mapping[int, str], names: Names) -> None:
-    """A list or attribute that holds the parameter itself goes on to show it without its mask."""
+    """What holds the parameter itself, and not the module that has it, goes on to show it without its mask."""
     for owner, module in names.modules.items():
         for attribute, value in vars(module).items():
             known = isinstance(module, nn.RNNBase) and attribute == "_flat_weights"  # which torch keeps up to date
             if known or attribute in ("_parameters", "_modules"):
                 continue
-            for name in (masked[id(leaf)] for leaf in pytree.tree_leaves(value) if id(leaf) in masked):
+            for name in (masked[id(held)] for held in _held(value, names) if id(held) in masked):
                 raise UnsupportedModelError(
                     f"{name!r} is also held by the attribute {attribute!r} of {owner or 'the model'!r}, where no mask "
                     "of torch.nn.utils.prune reaches it: use sapwood.attach, or have the forward read the parameter "
                     "from its module."
                 )
+
+
+def _held(value: Any, names: Names) -> Iterator[Any]:
+    """What an attribute holds in containers, in closures of functions, and in modules that are not the model's."""
+    for leaf in pytree.tree_leaves(value):
+        yield leaf
+        for cell in getattr(leaf, "__closure__", None) or ():
+            with suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+        if isinstance(leaf, nn.Module) and not any(leaf is module for module in names.modules.values()):
+            yield from leaf.parameters()
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

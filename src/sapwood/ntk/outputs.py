@@ -109,7 +109,10 @@ class Outputs:
         """
         chosen, core = Options(**options), unwrapped(model)
         _refuse_random_layers(core, chosen)
-        net = FunctionalModel.of(model, include=parameters or (), forward=chosen.forward, zero_init="keep")
+        whole = [weight.name for weight in all_weights(model) if not weight.tensor.is_floating_point()]
+        net = FunctionalModel.of(
+            model, include=parameters or (), exclude=whole, forward=chosen.forward, zero_init="keep"
+        )
         if parameters is not None:
             net = replace(net, prunable=_named(model, net, parameters))
         if net.norms and chosen.batchnorm is None:
