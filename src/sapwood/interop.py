@@ -50,7 +50,7 @@ def to_torch_prune(masks: Masks, model: nn.Module) -> nn.Module:
         module, leaf = names.owner(alias)
         if (id(module), leaf) not in done:
             mask = masks[names.first[alias]].to(names.tensors[alias].device)
-            torch_prune.custom_from_mask(module, leaf, mask)  # type: ignore[no-untyped-call]
+            torch_prune.custom_from_mask(module, leaf, mask)
         done.add((id(module), leaf))
 
     above = {id(module): module for alias in aliases for module in _above(alias, names)}

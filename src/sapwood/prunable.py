@@ -55,8 +55,9 @@ class Weight:
     @property
     def is_layer_weight(self) -> bool:
         """Whether it is a weight that is pruned by default: by all its owners, its name and its dimensions."""
-        named = "weight" in self.name.rpartition(".")[2] or self.name.endswith("parametrizations.weight.original")
-        return all(map(self._is_weight_of, self.owners)) and (named or self.is_normalised)
+        _, parametrized, rest = self.name.rpartition("parametrizations.")
+        leaf = rest if parametrized else self.name.rpartition(".")[2]
+        return "weight" in leaf and all(map(self._is_weight_of, self.owners))
 
     def _is_weight_of(self, owner: nn.Module) -> bool:
         """A stack of matrices in a subclass of Linear is no linear layer's weight."""
@@ -69,11 +70,6 @@ class Weight:
         """Whether it is the weight, (in, out), of Hugging Face's linear layer, which says its outputs in `nf`."""
         owner = self.owners[0]
         return type(owner).__name__ == "Conv1D" and getattr(owner, "nf", None) == self.tensor.shape[-1]
-
-    @property
-    def is_normalised(self) -> bool:
-        """Whether it is a factor of a weight under weight_norm, which divides by the norm of every unit's weights."""
-        return self.name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1"))
 
     @property
     def fan_in(self) -> int:
@@ -160,11 +156,6 @@ def select(
         )
     for weight in chosen:
         _refuse_quantised(weight)
-        if weight.is_normalised:
-            raise UnsupportedModelError(
-                f"{weight.name!r} is under weight_norm, where a unit without weights becomes 0/0: remove the "
-                "weight_norm before pruning, or exclude the layer."
-            )
     return chosen
 
 

@@ -15,7 +15,7 @@ from sapwood.diagnosis.paths import effective
 from sapwood.errors import SapwoodError
 from sapwood.fresh import normal
 from sapwood.functional import Forward, FunctionalModel
-from sapwood.isolation import isolated
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks, text_table
 from sapwood.names import Names, unwrapped
 from sapwood.ntk.outputs import Outputs
@@ -148,7 +148,7 @@ def diagnose(
     core = unwrapped(model)
     masks = Names.of(model).fit(masks, strict=False)
     live = effective(core, masks, input_shape=input_shape, batches=batches, forward=forward)
-    device = next(core.parameters()).device
+    device = device_of(core)
     with isolated(seed, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
         template = Data.collect(batches, input_shape, device).templates()[0]

@@ -16,10 +16,11 @@ from sapwood.criteria.ntk_sap_analytic import NtkSapAnalytic
 from sapwood.errors import ConfigError
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import isolated
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks, text_table
-from sapwood.names import Names, unwrapped
+from sapwood.names import Names
 from sapwood.prunable import Pattern
+from sapwood.witness import opened
 
 LIMIT = 0.25
 """Standard deviation of log(closed form / Monte Carlo) between layers up to which the allocation stands."""
@@ -120,11 +121,10 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
     if draws < 2 or not epsilon > 0:
         raise ConfigError(f"draws is {draws} and epsilon {epsilon}; draws must be 2 or more, epsilon above 0.")
     begin = time.perf_counter()
-    core = unwrapped(model)
-    device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with isolated(seed, device):
         data = Data.collect(None, input_shape, device)
-        net = FunctionalModel.of(model, include=include, exclude=exclude)
+        net = opened(model, data, include=include, exclude=exclude)
         masks = Masks.dense(net.weights) if masks is None else Names.of(model).fit(masks.to(device), strict=False)
         masks.check(net.weights, strict=False)
         closed = NtkSapAnalytic(epsilon=epsilon).gradient(net, masks, data)

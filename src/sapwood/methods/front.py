@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,13 +17,15 @@ from sapwood.allocation import Layerwise, target_density
 from sapwood.batches import Batch, Data
 from sapwood.coverage import Coverage
 from sapwood.diagnosis import diagnose
+from sapwood.errors import SapwoodWarning
 from sapwood.functional import Forward, FunctionalModel, Loss
-from sapwood.isolation import isolated
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks, fingerprint
 from sapwood.methods.table import METHOD_FIELDS, configured, find, settings
 from sapwood.names import Names, named_parameters, unwrapped
 from sapwood.prunable import Pattern, select
 from sapwood.pruning import Criterion, OnRound, Procedure, Result
+from sapwood.witness import opened
 
 
 def prune(  # noqa: PLR0913  # the front door: every argument but the model is a keyword
@@ -107,18 +110,18 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     recipe = configured(name, found, fields)
     density = _density(recipe, density, sparsity, compression)
     core = unwrapped(model)
-    names = Names.of(model)
+    names, device = Names.of(model), device_of(model)
     recipe = _in_names_of(names, recipe)
     within = None if within is None else names.fit(within, strict=False)
-    device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
     with isolated(seed, device):
         data = Data.collect(batches, input_shape, device)
-        net = FunctionalModel.of(
-            model, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
+        net = opened(
+            model, data, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
         generator = torch.Generator(net.device).manual_seed(seed)
         options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
         masks, history, params = recipe.run(net, data, density, generator, **options)
+        _warn_of_unseen(net)
     masks = Masks(masks, _provenance(name, recipe, seed, density, core))
     seconds = time.perf_counter() - begin
     diagnosis = None
@@ -149,6 +152,17 @@ def _in_names_of(names: Names, recipe: Procedure) -> Procedure:
     if isinstance(rule, Layerwise):
         renamed = dataclasses.replace(rule, shares=renamed)
     return dataclasses.replace(recipe, allocation=renamed)  # type: ignore[type-var]  # methods are dataclasses
+
+
+def _warn_of_unseen(net: FunctionalModel) -> None:
+    """Says which layers the method cannot have known to be idle; whatever differentiates finds that out itself."""
+    if net.unseen and not net.derivatives.asked:
+        warnings.warn(
+            f"{len(net.unseen)} of {len(net.prunable)} prunable weights are not run by the forward on this input, "
+            f"{net.unseen[0]!r} first, and yet count into the budget: exclude={net.unseen!r} leaves them out.",
+            SapwoodWarning,
+            stacklevel=3,
+        )
 
 
 def _as_held(params: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sapwood.batches import Batch, inputs_of, size, sliced
+from sapwood.batches import Batch, Data, inputs_of, size, sliced
 from sapwood.errors import ConfigError, DataError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
+from sapwood.isolation import device_of
 from sapwood.masks import Masks
 from sapwood.names import Names, unwrapped
 from sapwood.ntk.options import Keywords, Options
 from sapwood.prunable import Pattern, all_weights
+from sapwood.witness import opened
 
 Parameters = Iterable[Pattern] | Pattern | None
 
@@ -109,10 +111,11 @@ class Outputs:
         """
         chosen, core = Options(**options), unwrapped(model)
         _refuse_random_layers(core, chosen)
+        masks = None if masks is None else Names.of(model).fit(masks, strict=False)
+        batch = _checked(inputs_of(x), device_of(core))
         whole = [weight.name for weight in all_weights(model) if not weight.tensor.is_floating_point()]
-        net = FunctionalModel.of(
-            model, include=parameters or (), exclude=whole, forward=chosen.forward, zero_init="keep"
-        )
+        named = {"include": parameters or (), "exclude": whole}
+        net = opened(model, Data((batch,)), masked=masks or (), forward=chosen.forward, zero_init="keep", **named)
         if parameters is not None:
             net = replace(net, prunable=_named(model, net, parameters))
         if net.norms and chosen.batchnorm is None:
@@ -123,10 +126,7 @@ class Outputs:
             )
         if chosen.dtype is not None:
             net = replace(net, params=_in(net.params, chosen.dtype), buffers=_in(net.buffers, chosen.dtype))
-        if masks is not None:
-            masks = Names.of(model).fit(masks, strict=False)
         params = net.params if masks is None else _masked(net.params, masks)
-        batch = _checked(inputs_of(x), net.device)
         groups = tuple(Piece(part, start, None) for start, part in _parts(batch, chosen, net))
         draft = cls(net, params, _columns(net, masks, chosen), groups, size(batch), 0, False, chosen)
         return draft._measured()
