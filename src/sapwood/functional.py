@@ -22,8 +22,9 @@ from torch.func import functional_call
 
 from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_tensor, size, target_of
 from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
-from sapwood.isolation import RandomState, skeleton, unwrapped
+from sapwood.isolation import RandomState, skeleton
 from sapwood.masks import Masks
+from sapwood.names import Names, unwrapped
 from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
 from sapwood.statistics import BatchStatistics
 
@@ -63,11 +64,12 @@ class FunctionalModel:
 
     Attributes:
         module: The tensor-free copy that is run.
-        params: Copies of all parameters by name, float32 or float64, so that no forward can reach the user's own.
+        params: Copies of all parameters by clean name (`sapwood.names`), float32 or float64, so that no forward can
+            reach the user's own.
         buffers: All buffers by name. Never written to.
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
-        layout: Dimensions of the channels of every prunable weight.
+        layout: Dimensions of the channels of every prunable weight of which they are known.
         loss_fn: The user's `loss(output, target)`, the mean over a batch, or None.
         group: Processes that score together, each on its share of the data; None scores alone.
         written: Names of the parameters that the forward writes into (an embedding with max_norm).
@@ -122,10 +124,10 @@ class FunctionalModel:
             UnsupportedModelError: the model cannot be read, or has nothing to prune.
             ScoreError: a parameter holds NaN or infinite values.
         """
-        model = unwrapped(model)
         _refuse_unreadable(model)
         weights = all_weights(model)
         prunable = tuple(weight.name for weight in select(model, include, exclude))
+        model = unwrapped(model)
         params = {weight.name: _readable(weight) for weight in weights}
         if zero_init == "ones":
             params |= _opened(params)
@@ -136,10 +138,10 @@ class FunctionalModel:
         return cls(
             module=_Runner(copy, forward),
             params=params,
-            buffers={name: buffer.detach() for name, buffer in model.named_buffers()},
+            buffers={name: buffer.detach() for name, buffer in Names.of(model).buffers.items()},
             prunable=prunable,
-            fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
-            layout={w.name: w.layout for w in weights if w.name in prunable},
+            fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight and w.tensor.is_floating_point()},
+            layout={w.name: w.layout for w in weights if w.name in prunable and w.layout},
             loss_fn=loss,
             group=group,
             norms=norms,
@@ -183,7 +185,7 @@ class FunctionalModel:
         if self.state is not None:
             self.state.restore()
         try:
-            return functional_call(self.module, {f"model.{k}": v for k, v in state.items()}, (cast(batch, dtype),))
+            return functional_call(self.module, self.module.raw(state), (cast(batch, dtype),))
         except (SapwoodError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -365,22 +367,27 @@ class _Runner(nn.Module):
     def __init__(self, model: nn.Module, forward: Forward | None) -> None:
         super().__init__()
         self.model = model
+        self.names = Names.of(model)
         self.run = forward or call
         self.takes_labels = forward is None and "labels" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: Batch) -> Any:
         return self.run(self.model, batch)
 
+    def raw(self, state: Params) -> Params:
+        """The same tensors under the names that they have in this module."""
+        return {f"model.{self.names.raw[name]}": tensor for name, tensor in state.items()}
+
 
 def _readable(weight: Weight) -> Tensor:
     tensor = weight.tensor.detach().clone()
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
         raise ScoreError(f"The parameter {weight.name!r} holds NaN or infinite values; nothing can be scored with it.")
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _refuse_unreadable(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in Names.of(model).parameters.items():
         if isinstance(parameter, nn.UninitializedParameter):
             raise UnsupportedModelError(f"{name!r} has no shape yet: run one forward pass first (lazy module).")
         if hasattr(parameter, "device_mesh"):  # a DTensor, whose class takes a second to import

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sapwood.errors import UnsupportedModelError
+from sapwood.names import Passing, wrapped
 
 
 @contextmanager
@@ -103,19 +104,9 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP, `torch.compile` and Fabric wrappers."""
-    for attribute in ("_orig_mod", "_forward_module"):
-        if isinstance(inner := getattr(model, attribute, None), nn.Module):
-            return unwrapped(inner)
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return unwrapped(model.module)
-    return model
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the model is."""
-    return next((parameter.device for parameter in unwrapped(model).parameters()), torch.device("cpu"))
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -134,15 +125,27 @@ def skeleton(model: nn.Module) -> nn.Module:
     for module in model.modules():  # tensors computed from parameters (old weight_norm) refuse deepcopy
         computed = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
         memo |= {id(tensor): tensor.detach() for tensor in computed}
+    for module in reversed(list(model.modules())):  # the innermost wrapper first
+        if (attribute := wrapped(module)) is not None:
+            memo[id(module)] = Passing(attribute, copied(module.get_submodule(attribute), memo), module)
+    return copied(model, memo)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; `memo` says what stands for which object in it, by id.
+
+    Raises:
+        UnsupportedModelError: the module cannot be copied.
+    """
     try:
-        copied = copy.deepcopy(model, memo)
+        result = copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied, which scoring needs so as to leave it untouched: {error}. "
-            "Keep locks, files and process groups out of the module's attributes."
+            f"{type(model).__name__} cannot be copied, which is needed so as to leave it untouched: {error}. "
+            "Keep locks, files and process groups out of the module's attributes, and wrap it (FSDP) afterwards."
         ) from error
-    _refuse_shared(model, copied)
-    return copied
+    _refuse_shared(model, result)
+    return result
 
 
 def _refuse_shared(model: nn.Module, copied: nn.Module) -> None:

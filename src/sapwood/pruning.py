@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from sapwood.allocation import Allocation, allocation, budget
 from sapwood.batches import Data
+from sapwood.coverage import Coverage
 from sapwood.errors import MaskError, SapwoodWarning, ScoreError
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import unwrapped
-from sapwood.masks import Masks, clean_name
+from sapwood.masks import Masks
+from sapwood.names import Names
 from sapwood.schedules import densities
 
 Scores = dict[str, Tensor]
@@ -133,6 +134,7 @@ class Result:
         method: The method's name.
         params: New values of parameters and buffers, by name, pruned weights zero; None: the model's own stay.
         diagnosis: What the masks leave of the network, if it was asked for.
+        coverage: What of the model the masks cover, and what is left dense; None where no model was looked at.
     """
 
     masks: Masks
@@ -142,6 +144,7 @@ class Result:
     method: str = field(default="")
     params: Params | None = field(default=None, repr=False)
     diagnosis: Described | None = None
+    coverage: Coverage | None = None
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
@@ -150,17 +153,16 @@ class Result:
         Raises:
             MaskError: the model lacks one of the names, or has it with another shape; nothing was changed.
         """
-        core = unwrapped(model)
-        named = {**dict(core.named_parameters()), **dict(core.named_buffers())}
-        self.masks.check(named, strict=False)
-        params = self.params or {}
+        names = Names.of(model)
+        masks, params = names.fit(self.masks, strict=False), self.params or {}
+        targets = {name: names.tensors[target] for name, target in names.translated(params).items()}
         for name, value in params.items():
-            if name not in named or named[name].shape != value.shape:
+            if targets[name].shape != value.shape:
                 raise MaskError(f"The result belongs to another model, which has {name!r} of {tuple(value.shape)}.")
         for name, value in params.items():
-            named[name].copy_(value)
-        for name, mask in self.masks.items():
-            named[name].masked_fill_(~mask.to(named[name].device), 0)
+            targets[name].copy_(value)
+        for name, mask in masks.items():
+            names.tensors[name].masked_fill_(~mask.to(names.tensors[name].device), 0)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
@@ -168,14 +170,15 @@ class Result:
         return self.masks.collapsed
 
     def report(self) -> str:
-        """The per-layer table with a line on how it was made."""
+        """The per-layer table with a line on how it was made, and what is left dense of the model."""
         rounds = f"{len(self.history)} round{'' if len(self.history) == 1 else 's'}"
         head = (
             f"{self.method}: {self.masks.kept:,} of {self.masks.total:,} weights kept in {rounds}, {self.seconds:.1f} s"
         )
         empty = f"\ncollapsed layers: {', '.join(self.collapsed)}" if self.collapsed else ""
         left = "" if self.diagnosis is None else f"\n\n{self.diagnosis.table()}"
-        return f"{head}, seed {self.seed}\n\n{self.masks.table()}{empty}{left}"
+        whole = "" if self.coverage is None else f"\n{self.coverage}"
+        return f"{head}, seed {self.seed}{whole}\n\n{self.masks.table()}{empty}{left}"
 
     def __str__(self) -> str:
         return self.report()
@@ -241,11 +244,10 @@ def starting_masks(net: FunctionalModel, within: Masks | None) -> Masks:
     """
     if within is None:
         return Masks.dense(net.weights)
-    named = {clean_name(name): name for name in net.prunable}
-    within.check({clean: net.params[name] for clean, name in named.items()}, strict=False)
-    if missing := [clean for clean in named if clean not in within]:
+    within.check(net.weights, strict=False)
+    if missing := [name for name in net.prunable if name not in within]:
         raise MaskError(f"The masks of within= have no entry for {missing[0]!r}, which is to be pruned.")
-    return Masks({name: within[clean].to(net.params[name].device) for clean, name in named.items()})
+    return Masks({name: within[name].to(weight.device) for name, weight in net.weights.items()})
 
 
 def stages(schedule: str, density: float, rounds: int, first: Masks) -> list[tuple[float, int]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sapwood.errors import unknown_name
+from sapwood.errors import UnsupportedModelError, unknown_name
 from sapwood.functional import FunctionalModel, Params
 from sapwood.prunable import Layout
 
@@ -43,7 +43,16 @@ def pooled(net: FunctionalModel, values: Params, *, inputs: bool = False) -> Par
         net: The model.
         values: One tensor a prunable weight, of its shape; a vector's entries are channels of one.
         inputs: Sum over input channels instead: over all weights that read one unit in this layer.
+
+    Raises:
+        UnsupportedModelError: a matrix is no layer's weight, so that its channels are not known.
     """
+    for name in values:
+        if name not in net.layout:
+            raise UnsupportedModelError(
+                f"{name!r} is not the weight of a layer, so which of its dimensions is the output channels' is not "
+                "known: exclude it, or score single weights."
+            )
     return {name: _pooled(value, net.layout[name], inputs) for name, value in values.items()}
 
 

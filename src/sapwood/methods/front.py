@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import time
 import warnings
@@ -12,14 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sapwood.allocation import target_density
+from sapwood.allocation import Layerwise, target_density
 from sapwood.batches import Batch, Data
+from sapwood.coverage import Coverage
 from sapwood.diagnosis import diagnose
 from sapwood.errors import SapwoodWarning
 from sapwood.functional import Forward, FunctionalModel, Loss
-from sapwood.isolation import device_of, isolated, unwrapped
-from sapwood.masks import Masks, clean_names, fingerprint
+from sapwood.isolation import device_of, isolated
+from sapwood.masks import Masks, fingerprint
 from sapwood.methods.table import METHOD_FIELDS, configured, find, settings
+from sapwood.names import Names, named_parameters, unwrapped
 from sapwood.prunable import Pattern, select
 from sapwood.pruning import Criterion, OnRound, Procedure, Result
 from sapwood.witness import opened
@@ -65,7 +68,8 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             own `.loss` for mappings with labels, else cross-entropy.
         forward: `forward(model, inputs)`, for models that are not simply called.
         include: What to prune besides the weights of linear, convolution, attention and recurrent layers: names, globs,
-            module types, modules.
+            module types, modules. NTK-SAP scores what is no layer's weight at its present values: it has no known
+            fan-in for a fresh draw.
         exclude: What to leave dense; it does not count into the density.
         min_per_layer: Weights that every layer keeps at least.
         zero_init: "ones" scores zero-initialised branch scales (zero-gamma BatchNorm, LayerScale) as ones, "keep" as
@@ -106,30 +110,48 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     recipe = configured(name, found, fields)
     density = _density(recipe, density, sparsity, compression)
     core = unwrapped(model)
-    device = device_of(core)
+    names, device = Names.of(model), device_of(model)
+    recipe = _in_names_of(names, recipe)
+    within = None if within is None else names.fit(within, strict=False)
     with isolated(seed, device):
         data = Data.collect(batches, input_shape, device)
         net = opened(
-            core, data, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
+            model, data, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
         generator = torch.Generator(net.device).manual_seed(seed)
         options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
         masks, history, params = recipe.run(net, data, density, generator, **options)
         _warn_of_unseen(net)
-    masks = Masks(clean_names(masks), _provenance(name, recipe, seed, density, core))
+    masks = Masks(masks, _provenance(name, recipe, seed, density, core))
     seconds = time.perf_counter() - begin
     diagnosis = None
     if diagnosed:
         shown = None if data.input_shape else data.batches or None
         diagnosis = diagnose(core, masks, input_shape=data.input_shape, batches=shown, forward=forward, seed=seed)
-    return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis)
+    coverage = Coverage.of(model, masks, exclude)
+    return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis, coverage)
 
 
 def prunable(
     model: nn.Module, include: Iterable[Pattern] | Pattern = (), exclude: Iterable[Pattern] | Pattern = ()
 ) -> dict[str, Tensor]:
     """The weights that `prune` would prune, by name, in order; tied weights once."""
-    return {weight.name: weight.tensor for weight in select(unwrapped(model), include, exclude)}
+    return {weight.name: weight.tensor for weight in select(model, include, exclude)}
+
+
+def _in_names_of(names: Names, recipe: Procedure) -> Procedure:
+    """The recipe with the densities of its allocation, if it gives them by layer, under the model's clean names."""
+    rule = getattr(recipe, "allocation", None)
+    shares = rule.shares if isinstance(rule, Layerwise) else rule
+    if not isinstance(shares, Mapping):
+        return recipe
+    clean = names.translated(shares)
+    renamed: Any = {clean[name]: share for name, share in shares.items()}
+    if isinstance(shares, Masks):
+        renamed = Masks(renamed, shares.provenance)
+    if isinstance(rule, Layerwise):
+        renamed = dataclasses.replace(rule, shares=renamed)
+    return dataclasses.replace(recipe, allocation=renamed)  # type: ignore[type-var]  # methods are dataclasses
 
 
 def _warn_of_unseen(net: FunctionalModel) -> None:
@@ -144,11 +166,11 @@ def _warn_of_unseen(net: FunctionalModel) -> None:
 
 
 def _as_held(params: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:
-    """New weights under clean names, in the precision in which the model holds them."""
+    """New weights in the precision in which the model holds them."""
     if params is None:
         return None
-    held = dict(model.named_parameters())
-    return clean_names({name: value.detach().to(held[name].dtype) for name, value in params.items()})
+    held = named_parameters(model)
+    return {name: value.detach().to(held[name].dtype) for name, value in params.items()}
 
 
 def _density(recipe: Procedure, density: float | None, sparsity: float | None, compression: float | None) -> float:
@@ -172,7 +194,7 @@ def _provenance(name: str, recipe: Procedure, seed: int, density: float, model: 
         "density": density,
         "torch": torch.__version__,
         "sapwood": importlib.metadata.version("sapwood"),
-        "fingerprint": fingerprint(dict(model.named_parameters())),
+        "fingerprint": fingerprint(named_parameters(model)),
     }
 
 

@@ -25,7 +25,7 @@ from sapwood.batches import Batch, Data, cast, small
 from sapwood.errors import UnsupportedModelError
 from sapwood.functional import FunctionalModel, Noise
 from sapwood.isolation import RandomState
-from sapwood.masks import clean_name
+from sapwood.names import Names
 from sapwood.witness.alone import look_at_layers
 from sapwood.witness.applied import Applied
 from sapwood.witness.graph import reached
@@ -38,7 +38,7 @@ def opened(model: nn.Module, data: Data, *, masked: Iterable[str] | None = None,
     """Reads a model for scoring, and looks at what it does; call it under `isolated`.
 
     Args:
-        model: The user's module, unwrapped.
+        model: The user's module, wrapped or not.
         data: Batches or an input shape, of which a few samples are run; with neither, layers are run by themselves.
         masked: Clean names of the parameters whose zeros must be zeros of what is applied; None: the prunable ones.
         **options: As for `FunctionalModel.of`.
@@ -48,8 +48,8 @@ def opened(model: nn.Module, data: Data, *, masked: Iterable[str] | None = None,
             message names the layer, the reason and the way out.
     """
     net = FunctionalModel.of(model, **options)
-    wanted = set(map(clean_name, net.prunable)) if masked is None else set(masked)
-    names = tuple(name for name in net.params if clean_name(name) in wanted)
+    wanted = set(net.prunable) if masked is None else set(masked)
+    names = tuple(name for name in net.params if name in wanted)
     if data.input_shape is None and not data.batches:
         look_at_layers(model, names)
         return net
@@ -96,8 +96,8 @@ def _samples(data: Data, net: FunctionalModel) -> Batch:
 
 def _users(model: nn.Module) -> dict[int, str]:
     """The user's own tensors, by id."""
-    named = (*model.named_buffers(), *model.named_parameters())
-    return {id(tensor): name for name, tensor in named}
+    names = Names.of(model)
+    return {id(tensor): name for name, tensor in (names.buffers | names.parameters).items()}
 
 
 def _tensors(value: Any) -> list[Tensor]:
