@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapwood.batches import Data, size
+from sapwood.batches import Data
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.functional import FunctionalModel, differentiate
 from sapwood.masks import Masks
@@ -41,9 +41,9 @@ class Grasp:
         scores = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
         with twice_differentiable(net):
             direction = net.gradient(masks, batches, temperature=self.temperature, train=self.batch_statistics)
-            for batch in batches:
+            for batch, count in net.counted(batches):
                 leaves = net.leaves(masks)
-                loss = net.loss(leaves, batch, temperature=self.temperature, train=self.batch_statistics) * size(batch)
+                loss = net.loss(leaves, batch, temperature=self.temperature, train=self.batch_statistics) * count
                 gradient = differentiate(loss, leaves, create_graph=True)
                 slope = sum((gradient[name] * direction[name]).sum() for name in leaves)
                 for name, product in differentiate(slope, leaves).items():  # type: ignore[arg-type]

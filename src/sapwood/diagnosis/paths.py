@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sapwood.batches import Batch, Data, filled, resized
+from sapwood.batches import Batch, Data, filled
 from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.functional import Forward, FunctionalModel, Params, differentiate
 from sapwood.isolation import isolated, unwrapped
@@ -31,6 +31,7 @@ def effective(
     *,
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
+    draw: Iterable[str] | None = None,
     forward: Forward | None = None,
 ) -> Masks:
     """The masks without the kept weights that are on no path from an input to an output.
@@ -44,6 +45,7 @@ def effective(
         masks: Its masks.
         input_shape: Shape of one sample without the batch, e.g. (3, 32, 32).
         batches: Batches to take the shapes, or integer inputs, from instead.
+        draw: Which tensors of a mapping are numbers, as in `prune`.
         forward: `forward(model, inputs)`, for models that are not simply called.
 
     Returns:
@@ -67,8 +69,9 @@ def effective(
     device = next(core.parameters()).device
     with isolated(0, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
-        template = Data.collect(batches, input_shape, device).templates()[0]
-        ones = filled(resized(template, 1), lambda t: torch.ones_like(t, device=device))
+        data = Data.collect(batches, input_shape, device, draw)
+        template = net.resized(data.templates()[0], 1)
+        ones = filled(template, lambda t: torch.ones_like(t, device=device), data.draw)
         leaves = {n: _probe(n, p, masks.get(clean_name(n))) for n, p in net.params.items() if p.is_floating_point()}
         wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}
         with _Paths(), LinearFlow():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sapwood.batches import Batch, inputs_of, size, sliced
+from sapwood.batches import Batch, as_batch, inputs_of, moved, size, sliced, tensors
 from sapwood.errors import ConfigError, DataError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.isolation import unwrapped
@@ -123,7 +123,7 @@ class Outputs:
         if masks is not None:
             masks.check(net.params, strict=False)
         params = net.params if masks is None else _masked(net.params, masks)
-        batch = _checked(inputs_of(x), net.device)
+        batch = _checked(inputs_of(as_batch(x)), net.device)
         groups = tuple(Piece(part, start, None) for start, part in _parts(batch, chosen, net))
         draft = cls(net, params, _columns(net, masks, chosen), groups, size(batch), 0, False, chosen)
         return draft._measured()
@@ -273,17 +273,11 @@ def _columns(net: FunctionalModel, masks: Masks | None, options: Options) -> tup
 
 
 def _checked(batch: Batch, device: torch.device) -> Batch:
-    parts = batch.values() if isinstance(batch, dict) else [batch]
-    for part in parts:
-        if isinstance(part, Tensor) and part.is_complex():
-            raise DataError(
-                "The inputs are complex; only real inputs have a kernel here: pass real and imaginary parts."
-            )
+    if any(tensor.is_complex() for tensor in tensors(batch)):
+        raise DataError("The inputs are complex; only real inputs have a kernel here: pass real and imaginary parts.")
     if not size(batch):
         raise DataError("There are no inputs: a kernel needs at least one sample.")
-    if isinstance(batch, dict):
-        return {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
-    return batch.to(device)
+    return moved(batch, device)
 
 
 def _parts(batch: Batch, options: Options, net: FunctionalModel) -> Iterator[tuple[int, Batch]]:
