@@ -34,12 +34,7 @@ from sapwood.batches import (
     measured,
     output_tensor,
     own_loss,
-    resized,
-    row_by_row,
-    samples,
-    size,
     size_or_one,
-    sliceable,
     target_of,
 )
 from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
@@ -249,7 +244,7 @@ class FunctionalModel:
         if self.loss_fn is None and not any(self.module.takes_targets(batch) for batch in batches):
             return [counted(target_of(batch)) for batch in batches]
         if len(batches) == 1 and self.group is None:
-            return [size_or_one(batches[0])]
+            return [size_or_one(batches[0]) if counted(target_of(batches[0])) else 0]
 
         generator = torch.Generator(self.device).manual_seed(0)  # at fresh weights, losses of samples differ
         fresh = {}
@@ -270,37 +265,6 @@ class FunctionalModel:
         every: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(every, found, group=self.group)
         return every
-
-    def takes_rows(self, batch: Batch) -> bool:
-        """Whether samples are in the first dimension of all inputs, by their shapes and by what the model does."""
-        if not sliceable(batch):
-            return False
-        if self.module.rows is None:
-            coupled = any(norm.running_mean is None for norm in self.norms)
-            self.module.rows = row_by_row(lambda some: self.outputs({}, some), batch, coupled=coupled)
-        return self.module.rows
-
-    def samples(self, batch: Batch) -> Iterator[Batch]:
-        """The batches of one that a labelled batch is made of; those without a target that counts are left out.
-
-        Raises:
-            DataError: its samples cannot be told apart.
-        """
-        inputs = inputs_of(batch)
-        if size(inputs) > 1 and not self.takes_rows(inputs):
-            self.outputs({}, inputs)  # if the model fails on all inputs, it says so
-            raise DataError(
-                f"The model does not take the rows of its inputs ({described(inputs)}) for samples: outputs of one row "
-                "depend on the others, and this method scores sample by sample. Put samples first, as with "
-                "forward=lambda model, inputs: model(inputs.transpose(0, 1)), or take another method."
-            )
-        return samples(batch)
-
-    def resized(self, batch: Batch, count: int) -> Batch:
-        """The first `count` samples of an unlabelled batch, repeated where it has fewer; all of one that is whole."""
-        if size_or_one(batch) == count or not self.takes_rows(batch):
-            return batch
-        return resized(batch, count)
 
     def own_buffers(self) -> Params:
         """Clones of the model's buffers, which a pass may update."""

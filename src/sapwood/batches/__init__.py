@@ -27,9 +27,9 @@ from sapwood.batches.losses import (
 )
 from sapwood.batches.reading import Batch, argument, as_batch, call, cast, inputs_of, label_of, target_of
 from sapwood.batches.slicing import (
+    first,
     parts,
     resized,
-    row_by_row,
     samples,
     size,
     size_or_one,
@@ -58,6 +58,7 @@ __all__ = [
     "cross_entropy",
     "described",
     "filled",
+    "first",
     "inputs_of",
     "label_of",
     "mapped",
@@ -67,7 +68,6 @@ __all__ = [
     "own_loss",
     "parts",
     "resized",
-    "row_by_row",
     "samples",
     "size",
     "size_or_one",

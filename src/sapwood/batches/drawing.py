@@ -58,9 +58,8 @@ def _refuse_two_readings(batch: Batch) -> None:
         names = tuple(key for key, part in _entries(batch).items() if _has_numbers(part))
         raise DataError(
             f"The inputs are {described(batch)}: which of them are numbers that the method may replace by its own, and "
-            "which a mask, time steps or edges that it must leave, cannot be seen: pass "
-            + (f"draw={names!r}, or those of them that are numbers; " if names else "")
-            + "draw=() leaves all as they are."
+            "which a mask, time steps or edges that it must leave, cannot be seen: pass draw= with the names of the "
+            f"numbers (of {names!r}), or draw=() to leave all as they are."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from sapwood.batches.losses import counted
 from sapwood.batches.reading import Batch, inputs_of, target_of
 from sapwood.batches.trees import described, has_list, is_opaque, leaves, mapped, tensors
-from sapwood.errors import DataError, SapwoodError
+from sapwood.errors import DataError
 
 
 def sliceable(batch: Batch) -> bool:
@@ -85,6 +85,11 @@ def small(batch: Batch, samples: int = 2) -> Batch:
     return sliced(inputs, 0, samples) if sliceable(inputs) else inputs
 
 
+def first(batch: Batch) -> Batch:
+    """A batch, labelled or not, of the first sample; all of it where its samples cannot be told apart."""
+    return sample(batch, 0) if sliceable(batch) and targets_follow(batch) else batch
+
+
 def resized(batch: Batch, samples: int) -> Batch:
     """The first `samples` of an unlabelled batch, repeated where it has fewer; all of one that cannot be cut."""
     if not sliceable(batch):
@@ -106,33 +111,3 @@ def taken(batch: Batch, index: Tensor) -> Batch:
 def sliced(batch: Batch, start: int, stop: int) -> Batch:
     """The samples `start` to `stop` (excluded) of an unlabelled batch."""
     return mapped(lambda t: t[start:stop] if t.dim() else t, batch)
-
-
-def row_by_row(outputs: Callable[[Batch], Tensor], batch: Batch, *, coupled: bool) -> bool:
-    """Whether a model takes the first dimension of its inputs for samples, by what it does with two of them.
-
-    The outputs of samples a and b must be what a gives beside itself, and b beside itself: in a sequence, or in a
-    graph, they are not.
-
-    Args:
-        outputs: Runs the model.
-        batch: An unlabelled batch whose shapes allow it.
-        coupled: The model normalises over the samples: look whether (a, b, a, b) gives the outputs of (a, b) twice.
-    """
-    last = size(batch) - 1
-    pairs = ((0, last, 0, last),) if coupled else ((0, 0), (last, last))
-    try:
-        with torch.no_grad():
-            both, *others = (outputs(taken(batch, torch.tensor(i))) for i in ((0, last), *pairs))
-    except SapwoodError:
-        return False
-    if not both.dim() or both.shape[0] % 2:
-        return False
-    if coupled:
-        expected, found = torch.cat([both, both]), others[0]
-    else:
-        half = both.shape[0] // 2
-        expected, found = both, torch.cat([others[0][:half], others[1][half:]])
-    largest = float(both.abs().nan_to_num(0, 0, 0).amax()) if both.numel() else 0.0
-    same = expected.shape == found.shape
-    return same and torch.allclose(expected, found, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)

@@ -79,19 +79,20 @@ def _fits(
     batches: Sequence[Batch], chosen: Sequence[Batch], losses: Sequence[float], look: Callable[[Batch], Measured]
 ) -> Counts:
     """The weights of the batches under every reading that explains the loss of the chosen samples together."""
-    pairs = [(piece, loss) for piece, loss in zip(chosen, losses, strict=False) if math.isfinite(loss)]
-    if len(pairs) < 2:
+    if len(chosen) < 2:
         return {}
-    together = look(joined([piece for piece, _ in pairs])).loss
+    together = look(joined(chosen)).loss
     tolerance = 3e-5 if together.device.type == "cpu" else 1e-3
-    near = tolerance * max(abs(loss) for _, loss in pairs)
+    near = tolerance * max((abs(loss) for loss in losses if math.isfinite(loss)), default=0.0)
     found: Counts = {}
     for name, unit in UNITS.items():
-        weights = [unit(piece) for piece, _ in pairs]
-        mean = sum(w * loss for w, (_, loss) in zip(weights, pairs, strict=True)) / (sum(weights) or math.nan)
+        weighed = [(unit(piece), loss) for piece, loss in zip(chosen, losses, strict=True)]
+        total = sum(weight for weight, _ in weighed) or math.nan
+        # A mean over no targets is no number, and weighs nothing.
+        mean = sum(weight * loss for weight, loss in weighed if weight) / total
         if abs(mean - float(together)) <= near:
             found[name] = [unit(batch) for batch in batches]
-    if abs(sum(loss for _, loss in pairs) - float(together)) <= near * len(pairs):
+    if abs(sum(losses) - float(together)) <= near * len(losses):
         found[SUM] = [1.0] * len(batches)
     return found
 

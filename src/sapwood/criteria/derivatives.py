@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sapwood.batches import Batch, inputs_of
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
+from sapwood.rows import single
 
 
 @contextmanager
@@ -37,6 +38,6 @@ def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_
     """
     effective = {name: weight.detach() for name, weight in net.leaves(masks).items()}
     buffers = net.calibrated(effective, inputs_of(batch)) if batch_statistics else None
-    for sample in net.samples(batch):
+    for sample in single(net, batch):
         leaves = net.leaves(masks)
         yield differentiate(net.loss(leaves, sample, train=False, buffers=buffers), leaves)

@@ -19,6 +19,7 @@ from sapwood.errors import ConfigError, UnsupportedModelError, unknown_name
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import takes_rows
 
 LAYOUTS = ("auto", "contiguous", "channels_last")
 
@@ -79,11 +80,11 @@ class MonteCarlo(ABC):
         Where samples cannot be told apart, a pass is over the batches as they are.
         """
         templates = data.templates() if self.random_inputs else data.inputs()
-        whole = not (self.random_inputs and data.input_shape) and not all(map(net.takes_rows, templates))
+        shape_is_known = self.random_inputs and data.input_shape is not None
+        if not shape_is_known and not all(takes_rows(net, template) for template in templates):
+            yield from templates * self.resamples
+            return
         for _ in range(self.resamples):
-            if whole:
-                yield from templates
-                continue
             left = self.samples
             for template in itertools.cycle(templates):
                 take = min(left, self.batch_size, self.samples if self.random_inputs else size(template))

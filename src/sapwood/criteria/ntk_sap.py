@@ -51,6 +51,7 @@ from sapwood.criteria.monte_carlo import MonteCarlo, mask_leaves
 from sapwood.errors import ConfigError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
+from sapwood.rows import takes_rows
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _refuse_batch_dependence(net: FunctionalModel, batch: Batch) -> None:
             "A BatchNorm without running statistics (track_running_stats=False) normalises with whatever it is given, "
             "so that parts of a batch would not give the score of the whole: set chunk_size=0."
         )
-    if not net.takes_rows(batch):
+    if not takes_rows(net, batch):
         raise UnsupportedModelError(
             "The model's outputs do not belong to rows of its inputs one by one, so that parts of a batch would not "
             "give the score of the whole: set chunk_size=0."

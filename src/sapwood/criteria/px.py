@@ -42,6 +42,7 @@ from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.criteria.synflow import flow_statistics
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
+from sapwood.rows import shortened, takes_rows
 
 CONSTANT = ("bias", "beta")  # what comes from no input
 
@@ -58,7 +59,7 @@ class PX:
         for batch in data.inputs():
             paths = self.activated(net, masks, ones, batch, data.draw)
             leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
-            start = filled(net.resized(batch, 1), torch.ones_like, data.draw)
+            start = filled(shortened(net, batch, 1), torch.ones_like, data.draw)
             with LinearFlow():
                 values = net.outputs({**squares, **leaves}, start, buffers=flow_statistics(net, torch.square))
             for name, gradient in differentiate((paths * values).sum(), leaves).items():
@@ -76,7 +77,7 @@ class PX:
             squared = filled(batch, torch.square, draw)
             with Replay(record.gates):
                 paths = net.outputs(ones, squared, buffers=flow_statistics(net, torch.ones_like))
-        return paths.sum(0, keepdim=True) if net.takes_rows(batch) else paths
+        return paths.sum(0, keepdim=True) if takes_rows(net, batch) else paths
 
 
 def _auxiliary(net: FunctionalModel, masks: Masks, value: Callable[[Tensor], Tensor]) -> Params:

@@ -21,6 +21,7 @@ from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.functional import Forward, FunctionalModel, Params, differentiate
 from sapwood.isolation import isolated, unwrapped
 from sapwood.masks import Masks, clean_name
+from sapwood.rows import shortened
 
 CONSTANT = ("bias", "beta")  # they put values in that come from no input
 
@@ -70,7 +71,7 @@ def effective(
     with isolated(0, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
         data = Data.collect(batches, input_shape, device, draw)
-        template = net.resized(data.templates()[0], 1)
+        template = shortened(net, data.templates()[0], 1)
         ones = filled(template, lambda t: torch.ones_like(t, device=device), data.draw)
         leaves = {n: _probe(n, p, masks.get(clean_name(n))) for n, p in net.params.items() if p.is_floating_point()}
         wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}

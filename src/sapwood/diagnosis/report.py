@@ -21,6 +21,7 @@ from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
 from sapwood.ntk.traces import hutchinson
 from sapwood.prunable import Weight, all_weights
+from sapwood.rows import shortened
 
 SAMPLES, PROBES = 8, 8
 ALL_PATHS = 1 - 1e-9
@@ -153,7 +154,7 @@ def diagnose(
     with isolated(seed, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
         data = Data.collect(batches, input_shape, device, draw)
-        paths = count(net, masks, net.resized(data.templates()[0], 1), data.draw)
+        paths = count(net, masks, shortened(net, data.templates()[0], 1), data.draw)
         generator = torch.Generator(device).manual_seed(seed)
         gradients = _gradients(core, net, masks, data, forward, generator)
     owners = {clean_name(weight.name): weight for weight in all_weights(core)}

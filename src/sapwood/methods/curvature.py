@@ -13,12 +13,13 @@ from sapwood.criteria.derivatives import sample_gradients, twice_differentiable
 from sapwood.errors import ScoreError
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
+from sapwood.rows import single
 
 
 def inverse_fisher(net: FunctionalModel, masks: Masks, data: Data, width: int, damping: float) -> Tensor:
     """Diagonal blocks of ((1/N) sum_n g_n g_n' + damping I)^-1, one rank-one update a sample."""
     batches = data.labelled()
-    count = sum(len(list(net.samples(batch))) for batch in batches)
+    count = sum(len(list(single(net, batch))) for batch in batches)
     blocks = math.ceil(masks.total / width)
     inverse = torch.eye(width, dtype=torch.float64, device=net.device).div(damping).repeat(blocks, 1, 1)
     for batch in batches:

@@ -38,6 +38,7 @@ from sapwood.fresh import normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 from sapwood.pruning import Found, OnRound, Round, starting_masks, warn_of_collapse
+from sapwood.rows import shortened, takes_rows
 
 SCALE_PROBES = 16  # for the teacher's norm, which is measured once
 
@@ -142,12 +143,12 @@ class _Student:
         count, device = self.ntt.batch_size, self.generator.device
         if self.ntt.random_inputs:
             known = self.data.input_shape is not None
-            template = resized(self.inputs[0], count) if known else self.net.resized(self.inputs[0], count)
+            template = resized(self.inputs[0], count) if known else shortened(self.net, self.inputs[0], count)
             return filled(
                 template, lambda t: normal(t.to(self.net.device, self.net.dtype), self.generator), self.data.draw
             )
         which = int(torch.randint(len(self.inputs), (1,), generator=self.generator, device=device))
-        if not self.net.takes_rows(self.inputs[which]):
+        if not takes_rows(self.net, self.inputs[which]):
             return self.inputs[which]
         order = torch.randperm(size(self.inputs[which]), generator=self.generator, device=device)
         return taken(self.inputs[which], order[:count])
