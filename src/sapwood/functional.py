@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,18 +247,21 @@ class FunctionalModel:
         if len(batches) == 1 and self.group is None:
             return [size_or_one(batches[0]) if counted(target_of(batches[0])) else 0]
 
-        generator = torch.Generator(self.device).manual_seed(0)  # at fresh weights, losses of samples differ
-        fresh = {}
+        @torch.no_grad()
+        def look(params: Params, batch: Batch) -> Measured:
+            return self.measured(params, batch, train=False)
+
+        # At its own weights, a model whose last layer begins at zero has the same loss for all samples.
+        looks = [partial(look, params) for params in (self.weights, self._drawn())]
+        return counts(batches, looks, self._everywhere)
+
+    def _drawn(self) -> Params:
+        generator, drawn = torch.Generator(self.device).manual_seed(0), {}
         for name, fan_in in self.fan_in.items():
             like = self.params[name]
-            drawn = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-            fresh[name] = math.sqrt(2 / fan_in) * drawn
-
-        @torch.no_grad()
-        def look(batch: Batch) -> Measured:
-            return self.measured(fresh, batch, train=False)
-
-        return counts(batches, look, self._everywhere)
+            drawn[name] = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+            drawn[name] *= math.sqrt(2 / fan_in)
+        return drawn
 
     def _everywhere(self, found: Counts) -> list[Counts]:
         if self.group is None:

@@ -20,7 +20,7 @@ from sapwood.batches.slicing import sample, size, sliceable, targets_follow
 from sapwood.batches.trees import joined, tensors
 from sapwood.errors import DataError
 
-PICKS = 16  # samples that a loss is looked at on
+PICKS = 12  # samples that a loss is looked at on
 AGREE = 1e-3  # of weights that are taken for the same
 
 Counts = dict[str, list[float]]
@@ -40,34 +40,35 @@ def _later_targets(batch: Batch) -> float:
     return float(sum(int((target != IGNORED).sum()) for target in found))
 
 
+SUM = "sum"
 UNITS: Mapping[str, Callable[[Batch], float]] = {
     "samples": _samples,
     "targets": _targets,
     "targets but the first of each sample": _later_targets,  # language models, which predict the next one
+    SUM: lambda batch: 1.0,
 }
-SUM = "sum"
 
 
 def counts(
     batches: Sequence[Batch],
-    look: Callable[[Batch], Measured],
+    looks: Sequence[Callable[[Batch], Measured]],
     gather: Callable[[Counts], Iterable[Counts]],
 ) -> list[float]:
     """What the loss of each batch is to be multiplied by.
 
     Args:
         batches: Labelled batches.
-        look: Measures the loss of a batch, BatchNorm with its running statistics.
+        looks: Each measures the loss of a batch, at other weights; BatchNorm with its running statistics.
         gather: What all processes found.
 
     Raises:
         DataError: it cannot be known.
     """
     chosen = _chosen(batches)
-    probes = [look(piece) for piece in chosen] if chosen else [look(batches[0])]
-    if probes[0].units is not None:
-        return [float(look(batch).units or 0) for batch in batches]
-    fits = _fits(batches, chosen, [float(probe.loss) for probe in probes], look)
+    if looks[0](chosen[0] if chosen else batches[0]).units is not None:
+        return [float(looks[0](batch).units or 0) for batch in batches]
+    readings = set.intersection(*(_readings(chosen, look) for look in looks)) if len(chosen) > 1 else set()
+    fits = {name: [unit(batch) for batch in batches] for name, unit in UNITS.items() if name in readings}
     everywhere = list(gather(fits))
     names = [name for name in fits if all(name in others for others in everywhere)]
     if not names or not _agree([_all(everywhere, name) for name in names]):
@@ -75,25 +76,19 @@ def counts(
     return fits[names[0]]
 
 
-def _fits(
-    batches: Sequence[Batch], chosen: Sequence[Batch], losses: Sequence[float], look: Callable[[Batch], Measured]
-) -> Counts:
-    """The weights of the batches under every reading that explains the loss of the chosen samples together."""
-    if len(chosen) < 2:
-        return {}
-    together = look(joined(chosen)).loss
+def _readings(chosen: Sequence[Batch], look: Callable[[Batch], Measured]) -> set[str]:
+    """What the loss may be a mean over, by the losses of single samples and of all of them together."""
+    losses, together = [float(look(piece).loss) for piece in chosen], look(joined(chosen)).loss
     tolerance = 3e-5 if together.device.type == "cpu" else 1e-3
     near = tolerance * max((abs(loss) for loss in losses if math.isfinite(loss)), default=0.0)
-    found: Counts = {}
+    found = set()
     for name, unit in UNITS.items():
         weighed = [(unit(piece), loss) for piece, loss in zip(chosen, losses, strict=True)]
-        total = sum(weight for weight, _ in weighed) or math.nan
         # A mean over no targets is no number, and weighs nothing.
-        mean = sum(weight * loss for weight, loss in weighed if weight) / total
-        if abs(mean - float(together)) <= near:
-            found[name] = [unit(batch) for batch in batches]
-    if abs(sum(losses) - float(together)) <= near * len(losses):
-        found[SUM] = [1.0] * len(batches)
+        total = sum(weight * loss for weight, loss in weighed if weight)
+        whole = 1.0 if name == SUM else sum(weight for weight, _ in weighed)
+        if whole and abs(total / whole - float(together)) <= near * (len(chosen) if name == SUM else 1):
+            found.add(name)
     return found
 
 
