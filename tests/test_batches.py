@@ -468,6 +468,23 @@ class TestDrawing:
             for inputs in seen_by("ntk-sap", Scaled(), [{"x": X, "by": by}])[3:]:
                 assert inputs["by"] == by and inputs["x"].shape == (10, 6) and not torch.equal(inputs["x"][:8], X)
 
+    @pytest.mark.parametrize("kind", [tuple, list, collections.namedtuple("Two", "x mask")._make])
+    def test_positions_of_a_tuple(self, kind):
+        seen = []
+
+        def forward(model, inputs):
+            seen.append(inputs)
+            return model(inputs[0])
+
+        batch = (kind([X, self.MASK]), Y)
+        with pytest.raises(DataError, match="draw"):
+            prune(linear(), sparsity=0.5, batches=[batch], forward=forward)
+        seen.clear()
+        prune(linear(), sparsity=0.5, batches=[batch], forward=forward, draw=(0,), **QUICK["ntk-sap"])
+        assert {type(inputs) for inputs in seen} == {type(batch[0])}
+        assert seen[-1][0].shape == ((8, 6) if kind is list else (10, 6)) and not torch.equal(seen[-1][0][:8], X)
+        assert set(seen[-1][1].tolist()) == {0, 1}
+
     def test_names_that_are_not_there(self):
         for draw, batch in [("pixels", {"x": X}), ("x", X), (("ids",), {"ids": words()[0]})]:
             with pytest.raises(DataError, match="draw names"):
@@ -530,8 +547,6 @@ class TestRows:
     )
     def test_what_is_not_batch_first_is_taken_as_it_is(self, method, build):
         """(length, batch, width): the same shape as samples, and told from them by what the model does."""
-        if method == "ntk-sap-jvp" and isinstance(build(), Attention):
-            pytest.skip("slow")
         x = torch.randn(7, 4, 6, generator=torch.Generator().manual_seed(0))
         shapes = set()
 
@@ -541,6 +556,19 @@ class TestRows:
 
         prune(build(), method=method, sparsity=0.5, batches=[x], forward=forward, **QUICK[method])
         assert shapes == {(7, 4, 6), (2, 4, 6)}  # two of its rows are looked at
+
+    @pytest.mark.parametrize("x", [torch.zeros(7, 4, 6), torch.ones(1, 4, 6)])
+    def test_a_dummy_batch_and_a_head_of_zeros_hide_nothing(self, x):
+        model = Sequence(every=True)
+        nn.init.zeros_(model.fc.weight)
+        shapes = set()
+
+        def forward(model, inputs):
+            shapes.add(tuple(inputs.shape))
+            return model(inputs)
+
+        prune(model, sparsity=0.5, batches=[x], forward=forward, **QUICK["ntk-sap"])
+        assert shapes == {tuple(x.shape), (2, 4, 6)}
 
     @pytest.mark.parametrize("norm", [True, False])
     def test_samples_are_resized_as_ever(self, norm):

@@ -252,10 +252,11 @@ class FunctionalModel:
             return self.measured(params, batch, train=False)
 
         # At its own weights, a model whose last layer begins at zero has the same loss for all samples.
-        looks = [partial(look, params) for params in (self.weights, self._drawn())]
+        looks = [partial(look, params) for params in (self.weights, self.drawn())]
         return counts(batches, looks, self._everywhere)
 
-    def _drawn(self) -> Params:
+    def drawn(self) -> Params:
+        """One fixed draw of all layer weights, N(0, 2 / fan-in), at which to look at what a model does."""
         generator, drawn = torch.Generator(self.device).manual_seed(0), {}
         for name, fan_in in self.fan_in.items():
             like = self.params[name]

@@ -11,7 +11,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sapwood.batches import Batch, described, inputs_of, resized, samples, size, size_or_one, sliceable, taken
+from sapwood.batches import (
+    Batch,
+    described,
+    inputs_of,
+    mapped,
+    resized,
+    samples,
+    size,
+    size_or_one,
+    sliceable,
+    taken,
+    tensors,
+)
 from sapwood.errors import DataError, SapwoodError
 from sapwood.functional import FunctionalModel
 
@@ -60,11 +72,11 @@ def shortened(net: FunctionalModel, batch: Batch, count: int) -> Batch:
 
 
 def _look(net: FunctionalModel, batch: Batch) -> bool:
-    last = size(batch) - 1
+    pair = _unlike(taken(batch, torch.tensor((0, size(batch) - 1))))
     coupled = any(norm.running_mean is None for norm in net.norms)
-    rows = [(0, last), (0, last, 0, last)] if coupled else [(0, last), (0, 0), (last, last)]
+    rows = [(0, 1), (0, 1, 0, 1)] if coupled else [(0, 1), (0, 0), (1, 1)]
     try:
-        both, *others = [_outputs(net, taken(batch, torch.tensor(some))) for some in rows]
+        both, *others = [_outputs(net, taken(pair, torch.tensor(some))) for some in rows]
     except SapwoodError:  # a model that wants its batch whole
         return False
 
@@ -79,9 +91,25 @@ def _look(net: FunctionalModel, batch: Batch) -> bool:
     return torch.allclose(expected, found, rtol=TOLERANCE, atol=TOLERANCE * largest, equal_nan=True)
 
 
+def _unlike(pair: Batch) -> Batch:
+    """Two samples that are not the same; where they are, as in a batch of zeros, the numbers of the second change."""
+    found = [tensor for tensor in tensors(pair) if tensor.dim()]
+    if not all(torch.equal(tensor[0], tensor[1]) for tensor in found):
+        return pair
+    generator = torch.Generator(found[0].device).manual_seed(0)
+
+    def changed(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
+        return tensor + noise.to(tensor.dtype)
+
+    return mapped(changed, pair)
+
+
 @torch.no_grad()
 def _outputs(net: FunctionalModel, batch: Batch) -> Tensor:
-    """The logits; a random forward has the same noise every time."""
+    """The logits at fixed weights, none of which are zero; a random forward has the same noise every time."""
     devices = [net.device] if net.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        return net.outputs({}, batch)
+        return net.outputs(net.drawn(), batch)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sapwood.batches.reading import Batch, argument
-from sapwood.batches.trees import Argument, described, is_opaque, is_sequence, leaves, mapped, tensors
+from sapwood.batches.trees import Argument, described, is_opaque, is_sequence, leaves, mapped, rebuilt, tensors
 from sapwood.errors import DataError
 
 Draw = tuple[Any, ...] | None
@@ -41,7 +41,7 @@ def filled(batch: Batch, fill: Callable[[Tensor], Tensor], draw: Draw = None) ->
     if not draw:
         return batch
     replaced = {key: mapped(numbers, part) if key in draw else part for key, part in entries.items()}
-    return replaced if isinstance(batch, Mapping) else Argument(type(argument(batch))(replaced.values()))
+    return replaced if isinstance(batch, Mapping) else Argument(rebuilt(argument(batch), list(replaced.values())))
 
 
 def _entries(batch: Batch) -> dict[Any, Any]:

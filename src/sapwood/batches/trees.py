@@ -31,10 +31,14 @@ def each(function: Callable[[Any], Any], tree: Any) -> Any:
         return {key: each(function, value) for key, value in tree.items()}
     if not is_sequence(tree):
         return function(tree)
-    parts = [each(function, part) for part in tree]
-    if hasattr(tree, "_fields"):
-        return type(tree)(*parts)
-    return parts if isinstance(tree, list) else tuple(parts)
+    return rebuilt(tree, [each(function, part) for part in tree])
+
+
+def rebuilt(sequence: Any, parts: list[Any]) -> Any:
+    """A tuple, named tuple or list like another one, of other parts."""
+    if hasattr(sequence, "_fields"):
+        return type(sequence)(*parts)
+    return parts if isinstance(sequence, list) else tuple(parts)
 
 
 def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
