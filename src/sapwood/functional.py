@@ -8,11 +8,13 @@ nothing is ever written into the user's module.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_tensor, size, target_of
+from sapwood.batches import (
+    Batch,
+    Counts,
+    Measured,
+    argument,
+    call,
+    cast,
+    counted,
+    counts,
+    described,
+    inputs_of,
+    label_of,
+    measured,
+    output_tensor,
+    own_loss,
+    size_or_one,
+    target_of,
+)
 from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
 from sapwood.isolation import RandomState, skeleton
 from sapwood.masks import Masks
@@ -70,7 +89,7 @@ class FunctionalModel:
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
         layout: Dimensions of the channels of every prunable weight of which they are known.
-        loss_fn: The user's `loss(output, target)`, the mean over a batch, or None.
+        loss_fn: The user's `loss(output, target)`, or None.
         group: Processes that score together, each on its share of the data; None scores alone.
         written: Names of the parameters that the forward writes into (an embedding with max_norm).
         unseen: Names of the prunable weights that no operation of the forward takes, as far as was seen.
@@ -112,10 +131,11 @@ class FunctionalModel:
             model: Any `nn.Module`; DDP and `torch.compile` wrappers are looked through.
             include: Further parameters to prune (see `sapwood.prunable.select`).
             exclude: Parameters not to prune.
-            loss: `loss(output, target)`, the mean over the batch; for mapping batches `loss(output, batch)`. Default:
-                the model's own `.loss` for mapping batches, else cross-entropy.
+            loss: `loss(output, target)`, a mean or sum over the batch, or a pair (mean, number of units that it is
+                over); for mapping batches `loss(output, batch)`. Default: the model's own loss for mapping batches,
+                else cross-entropy.
             forward: `forward(model, inputs)` for models that are not simply called; `inputs` is the first of a pair, or
-                a mapping without its labels.
+                a mapping without its targets.
             zero_init: `"ones"` scores a model whose residual branches begin closed (zero-gamma BatchNorm, LayerScale)
                 as if they were open; `"keep"` scores it as it is.
             group: Processes that score together.
@@ -190,8 +210,9 @@ class FunctionalModel:
             raise
         except Exception as error:
             raise UnsupportedModelError(
-                f"The model failed on an input of {_describe(inputs_of(batch))}: {error}. (input_shape is one sample's "
-                "shape without the batch; batches are (input, target) or a mapping of keyword arguments.)"
+                f"The model failed on an input of {described(inputs_of(batch))}: {error}. (input_shape is one sample's "
+                "shape without the batch, of numbers; batches are (input, target) or a mapping of keyword arguments. "
+                "Token ids come in batches; a model that takes something else needs forward=lambda model, inputs: ...)"
             ) from error
 
     def outputs(self, params: Mapping[str, Tensor], batch: Batch, **options: Any) -> Tensor:
@@ -208,20 +229,84 @@ class FunctionalModel:
         buffers: Params | None = None,
     ) -> Tensor:
         """Mean loss over a labelled batch, its logits divided by `temperature`; `train` and `buffers` as in `run`."""
-        own = self.loss_fn is None and isinstance(batch, Mapping) and self.module.takes_labels
-        output = self.run(params, batch if own else inputs_of(batch), train=train, buffers=buffers)
-        if own and isinstance(getattr(output, "loss", None), Tensor):
+        return self.measured(params, batch, temperature=temperature, train=train, buffers=buffers).loss
+
+    def measured(
+        self,
+        params: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        temperature: float = 1.0,
+        train: bool = True,
+        buffers: Params | None = None,
+    ) -> Measured:
+        """The same, with the number of units that the loss is the mean over, where it says so.
+
+        Raises:
+            DataError: the loss failed on outputs and targets.
+            UnsupportedModelError: the model failed, or its own loss should have another temperature.
+        """
+        own = self.loss_fn is None and self.module.takes_targets(batch)
+        given = batch if own or self.module.needs_targets(batch) else inputs_of(batch)
+        output = self.run(params, given, train=train, buffers=buffers)
+        if own and (found := own_loss(output)) is not None:
             if temperature != 1:
                 raise UnsupportedModelError(
                     f"The loss comes from the model itself, so its logits cannot be divided by {temperature:g}; "
                     "set temperature=1 or pass loss=."
                 )
-            return output.loss  # type: ignore[no-any-return]
+            return Measured(found, None)
         if temperature != 1:
             output = output_tensor(output) / temperature
-        if self.loss_fn is None:
-            return cross_entropy(output, target_of(batch))
-        return self.loss_fn(output, batch if isinstance(batch, Mapping) else target_of(batch))
+        whole = isinstance(batch, Mapping) and self.loss_fn is not None
+        return measured(self.loss_fn, output, batch if whole else target_of(batch))
+
+    def counted(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
+        """Each labelled batch with the number of units that its loss is the mean over; those of none are left out.
+
+        Loss times number, summed over batches, is the same however the data are cut into batches. The numbers are found
+        once for a tuple of batches (see `sapwood.batches.units`).
+
+        Raises:
+            DataError: they cannot be known, or all are zero.
+        """
+        batches = tuple(batches)
+        if self.module.counts is None or self.module.counts[0] is not batches:
+            self.module.counts = batches, self._counts(batches)
+        found = self.module.counts[1]
+        if not any(found):
+            raise DataError("No target counts: all of them are -100, which cross-entropy leaves out.")
+        return ((batch, count) for batch, count in zip(batches, found, strict=True) if count)
+
+    def _counts(self, batches: tuple[Batch, ...]) -> list[float]:
+        if self.loss_fn is None and not any(self.module.takes_targets(batch) for batch in batches):
+            return [counted(target_of(batch)) for batch in batches]
+        if len(batches) == 1 and self.group is None:
+            return [size_or_one(batches[0]) if counted(target_of(batches[0])) else 0]
+
+        @torch.no_grad()
+        def look(params: Params, batch: Batch) -> Measured:
+            return self.measured(params, batch, train=False)
+
+        # At its own weights, a model whose last layer begins at zero has the same loss for all samples.
+        looks = [partial(look, params) for params in (self.weights, self.drawn())]
+        return counts(batches, looks, self._everywhere)
+
+    def drawn(self) -> Params:
+        """One fixed draw of all layer weights, N(0, 2 / fan-in), at which to look at what a model does."""
+        generator, drawn = torch.Generator(self.device).manual_seed(0), {}
+        for name, fan_in in self.fan_in.items():
+            like = self.params[name]
+            drawn[name] = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+            drawn[name] *= math.sqrt(2 / fan_in)
+        return drawn
+
+    def _everywhere(self, found: Counts) -> list[Counts]:
+        if self.group is None:
+            return [found]
+        every: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(every, found, group=self.group)
+        return every
 
     def own_buffers(self) -> Params:
         """Clones of the model's buffers, which a pass may update."""
@@ -249,11 +334,11 @@ class FunctionalModel:
     def gradient(
         self, masks: Masks, batches: Iterable[Batch], *, temperature: float = 1.0, train: bool = True
     ) -> Params:
-        """Gradient of the loss, summed over samples, with respect to the effective weights w*m."""
+        """Gradient of the loss, summed over what it is a mean over (samples), in the effective weights w*m."""
         total = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        for batch in batches:
+        for batch, count in self.counted(batches):
             leaves = self.leaves(masks)
-            loss = self.loss(leaves, batch, temperature=temperature, train=train) * size(batch)
+            loss = self.loss(leaves, batch, temperature=temperature, train=train) * count
             for name, gradient in self.differentiate(loss, leaves).items():
                 total[name] += gradient
         return self.summed(total)
@@ -369,10 +454,23 @@ class _Runner(nn.Module):
         self.model = model
         self.names = Names.of(model)
         self.run = forward or call
-        self.takes_labels = forward is None and "labels" in inspect.signature(model.forward).parameters
+        self.arguments = {} if forward else dict(inspect.signature(model.forward).parameters)
+        self.counts: tuple[tuple[Batch, ...], list[float]] | None = None
+        self.rows: bool | None = None
+
+    def takes_targets(self, batch: Batch) -> bool:
+        """Whether the model has an argument for a mapping's targets, or takes any."""
+        label = label_of(batch)
+        any_name = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in self.arguments.values())
+        return label is not None and (label in self.arguments or any_name)
+
+    def needs_targets(self, batch: Batch) -> bool:
+        """Whether the model cannot be called without a mapping's targets."""
+        label = self.arguments.get(label_of(batch))
+        return label is not None and label.default is inspect.Parameter.empty
 
     def forward(self, batch: Batch) -> Any:
-        return self.run(self.model, batch)
+        return self.run(self.model, argument(batch))
 
     def raw(self, state: Params) -> Params:
         """The same tensors under the names that they have in this module."""
@@ -422,12 +520,3 @@ def _is_scale(name: str, parameter: Tensor) -> bool:
 def _is_small_constant(parameter: Tensor) -> bool:
     first = parameter.flatten()[0]
     return bool(first.abs() <= 0.1) and bool((parameter == first).all())
-
-
-def _describe(inputs: Batch) -> str:
-    shape = getattr(inputs, "shape", None)
-    if shape is not None:
-        return f"shape {tuple(shape)}"
-    if isinstance(inputs, Mapping):
-        return "keys " + ", ".join(map(str, inputs))
-    raise DataError(f"A batch is {type(inputs).__name__}; a tensor, a pair (input, target) or a mapping was expected.")

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sapwood.batches import Batch, inputs_of, samples
+from sapwood.batches import Batch, inputs_of
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import single
 from sapwood.witness import look_at_second_derivatives
 
 
@@ -48,6 +49,6 @@ def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_
     """
     effective = {name: weight.detach() for name, weight in net.leaves(masks).items()}
     buffers = net.calibrated(effective, inputs_of(batch)) if batch_statistics else None
-    for sample in samples(batch):
+    for sample in single(net, batch):
         leaves = net.leaves(masks)
         yield net.differentiate(net.loss(leaves, sample, train=False, buffers=buffers), leaves)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapwood.batches import Data, size
+from sapwood.batches import Data
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.functional import FunctionalModel
 from sapwood.masks import Masks
@@ -42,9 +42,9 @@ class Grasp:
         with twice_differentiable(net, batches[0], temperature=self.temperature):
             net = net.held()
             direction = net.gradient(masks, batches, temperature=self.temperature, train=self.batch_statistics)
-            for batch in batches:
+            for batch, count in net.counted(batches):
                 leaves = net.leaves(masks)
-                loss = net.loss(leaves, batch, temperature=self.temperature, train=self.batch_statistics) * size(batch)
+                loss = net.loss(leaves, batch, temperature=self.temperature, train=self.batch_statistics) * count
                 gradient = net.differentiate(loss, leaves, create_graph=True)
                 slope = torch.stack([(gradient[name] * direction[name]).sum() for name in leaves]).sum()
                 for name, product in net.differentiate_again(slope, leaves).items():

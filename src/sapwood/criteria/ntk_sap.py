@@ -51,6 +51,7 @@ from sapwood.criteria.monte_carlo import MonteCarlo, mask_leaves
 from sapwood.errors import ConfigError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import takes_rows
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class NtkSap(MonteCarlo):
         buffers = _statistics(net, masks, params, batch, merged=self.merged_statistics)
         if not chunked:
             return _gradient(net, masks, params, noise, batch, buffers)
-        _refuse_batch_dependence(net)
+        _refuse_batch_dependence(net, batch)
         total: Params = {}
         for part in parts(batch, self.chunk_size):
             gradient = _gradient(net, masks, params, noise, part, buffers)
@@ -152,9 +153,14 @@ def _statistics(net: FunctionalModel, masks: Masks, params: Params, batch: Batch
     return buffers
 
 
-def _refuse_batch_dependence(net: FunctionalModel) -> None:
+def _refuse_batch_dependence(net: FunctionalModel, batch: Batch) -> None:
     if any(norm.running_mean is None for norm in net.norms):
         raise UnsupportedModelError(
             "A BatchNorm without running statistics (track_running_stats=False) normalises with whatever it is given, "
             "so that parts of a batch would not give the score of the whole: set chunk_size=0."
+        )
+    if not takes_rows(net, batch):
+        raise UnsupportedModelError(
+            "The model's outputs do not belong to rows of its inputs one by one, so that parts of a batch would not "
+            "give the score of the whole: set chunk_size=0."
         )

@@ -22,6 +22,7 @@ from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
 from sapwood.ntk.traces import hutchinson
 from sapwood.prunable import Weight, all_weights
+from sapwood.rows import shortened
 
 SAMPLES, PROBES = 8, 8
 ALL_PATHS = 1 - 1e-9
@@ -118,6 +119,7 @@ def diagnose(
     *,
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
+    draw: Iterable[str] | None = None,
     forward: Forward | None = None,
     seed: int = 0,
 ) -> Diagnosis:
@@ -128,6 +130,7 @@ def diagnose(
         masks: Its masks.
         input_shape: Shape of one sample without the batch, e.g. (3, 32, 32): gradients are on eight Gaussian inputs.
         batches: Batches whose first gives the inputs instead.
+        draw: Which tensors of a mapping are numbers, as in `prune`.
         forward: `forward(model, inputs)`, for models that are not simply called.
         seed: Of the inputs and signs of the gradients.
 
@@ -146,15 +149,16 @@ def diagnose(
         (1, {'0.weight': (0,)}, 2)
     """
     core = unwrapped(model)
+    batches = None if batches is None else list(batches)
     masks = Names.of(model).fit(masks, strict=False)
-    live = effective(core, masks, input_shape=input_shape, batches=batches, forward=forward)
+    live = effective(core, masks, input_shape=input_shape, batches=batches, draw=draw, forward=forward)
     device = device_of(core)
     with isolated(seed, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
-        template = Data.collect(batches, input_shape, device).templates()[0]
-        paths = count(net, masks, resized(template, 1))
+        data = Data.collect(batches, input_shape, device, draw)
+        paths = count(net, masks, shortened(net, data.templates()[0], 1), data.draw)
         generator = torch.Generator(device).manual_seed(seed)
-        gradients = _gradients(core, net, masks, template, batches is not None, forward, generator)
+        gradients = _gradients(core, net, masks, data, forward, generator)
     owners = {weight.name: weight for weight in all_weights(core)}
     layers = {
         name: _layer(mask, live[name], paths, name, owners[name], gradients.get(name, math.nan))
@@ -195,14 +199,13 @@ def _gradients(
     model: nn.Module,
     net: FunctionalModel,
     masks: Masks,
-    template: Batch,
-    real: bool,
+    data: Data,
     forward: Forward | None,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Norms by layer; empty where a random or otherwise unfit model has no kernel."""
-    inputs = resized(template, SAMPLES)
-    if not real:
+    inputs = resized(data.templates()[0], SAMPLES)
+    if data.input_shape is not None:
         inputs = filled(inputs, lambda t: normal(t.to(net.device, net.dtype), generator))
     try:
         outputs = Outputs.of(

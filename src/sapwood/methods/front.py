@@ -37,6 +37,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     compression: float | None = None,
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
+    draw: Iterable[str] | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     include: Iterable[Pattern] | Pattern = (),
@@ -63,10 +64,17 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         sparsity: 1 - density, [0, 1).
         compression: 1 / density, 1 or more.
         input_shape: Shape of one sample without the batch, e.g. (3, 32, 32); for NTK-SAP and SynFlow.
-        batches: Any iterable of (input, target) pairs, or of mappings (Hugging Face style); read once and whole.
-        loss: `loss(output, target)`, the mean over the batch; for mappings `loss(output, batch)`. Default: the model's
-            own `.loss` for mappings with labels, else cross-entropy.
-        forward: `forward(model, inputs)`, for models that are not simply called.
+        batches: Any iterable of inputs, of (input, target) pairs, or of mappings of keyword arguments (Hugging Face
+            style), whose targets are the first of "labels", "label", "target", "targets" that they have; read once and
+            whole. Samples are in the first dimension of all inputs, or a batch is taken as one whole.
+        draw: Which entries of a mapping (positions of a tuple) are numbers that methods without data may replace by
+            noise or ones; (): none. Needed only where a floating-point tensor is not the one input: it might be a mask.
+        loss: `loss(output, target)`, a mean or a sum over the batch; for mappings `loss(output, batch)`. Where batches
+            weigh unequally and it cannot be seen what it is a mean over, it returns a pair (mean, number of units that
+            it is over). Default: the model's own loss for mappings with targets, else cross-entropy over all targets
+            but -100.
+        forward: `forward(model, inputs)`, for models that are not simply called; `inputs` is the first of a pair, or a
+            mapping without its targets.
         include: What to prune besides the weights of linear, convolution, attention and recurrent layers: names, globs,
             module types, modules. NTK-SAP scores what is no layer's weight at its present values: it has no known
             fan-in for a fresh draw.
@@ -114,7 +122,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     recipe = _in_names_of(names, recipe)
     within = None if within is None else names.fit(within, strict=False)
     with isolated(seed, device):
-        data = Data.collect(batches, input_shape, device)
+        data = Data.collect(batches, input_shape, device, draw)
         net = opened(
             model, data, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
@@ -127,7 +135,9 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     diagnosis = None
     if diagnosed:
         shown = None if data.input_shape else data.batches or None
-        diagnosis = diagnose(core, masks, input_shape=data.input_shape, batches=shown, forward=forward, seed=seed)
+        diagnosis = diagnose(
+            core, masks, input_shape=data.input_shape, batches=shown, draw=data.draw, forward=forward, seed=seed
+        )
     coverage = Coverage.of(model, masks, exclude)
     return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis, coverage)
 

@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from sapwood.allocation import Allocation, allocation, budget
-from sapwood.batches import Batch, Data, filled, resized, size, taken
+from sapwood.batches import Batch, Data, filled, resized, size, size_or_one, taken
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ConfigError, ScoreError
 from sapwood.fresh import normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 from sapwood.pruning import Found, OnRound, Round, starting_masks, warn_of_collapse
+from sapwood.rows import shortened, takes_rows
 
 SCALE_PROBES = 16  # for the teacher's norm, which is measured once
 
@@ -52,7 +53,8 @@ class Ntt:
         lr: Of Adam.
         gamma: Weight of the kernels against the outputs, squared in the objective.
         probes: Random vectors a step, 2 or more.
-        batch_size: Inputs a step, at most (a batch given may have fewer).
+        batch_size: Inputs a step, at most (a batch given may have fewer; one that cannot be cut into samples is taken
+            whole).
         random_inputs: Gaussian inputs; False takes the inputs of `batches`.
         batch_statistics: BatchNorm normalises with each mini-batch's statistics (else with the running ones).
         straight_through: Pruned weights move by the gradient with respect to w*m; False: they wait where they are.
@@ -124,12 +126,12 @@ class _Student:
     def __init__(self, ntt: Ntt, net: FunctionalModel, data: Data, generator: torch.Generator) -> None:
         self.ntt, self.net, self.generator = ntt, net, generator
         self.params = {name: p.clone() for name, p in net.params.items() if p.is_floating_point()}
-        self.inputs = data.templates() if ntt.random_inputs else data.inputs()
+        self.inputs, self.data = data.templates() if ntt.random_inputs else data.inputs(), data
         self.teacher = {name: net.params[name] for name in self.params}
         self.optimizer = torch.optim.Adam(list(self.params.values()), lr=ntt.lr)
         batch = self.draw()
         outputs, kernel = self.look(self.teacher, None, batch, self.signs(batch, SCALE_PROBES))
-        self.scales = _or_one(outputs.square().sum() / size(batch)), _or_one(mean_square_between(kernel))
+        self.scales = _or_one(outputs.square().sum() / size_or_one(batch)), _or_one(mean_square_between(kernel))
 
     @property
     def finite(self) -> bool:
@@ -140,9 +142,14 @@ class _Student:
         """A mini-batch of inputs."""
         count, device = self.ntt.batch_size, self.generator.device
         if self.ntt.random_inputs:
-            template = resized(self.inputs[0], count)
-            return filled(template, lambda t: normal(t.to(self.net.device, self.net.dtype), self.generator))
+            known = self.data.input_shape is not None
+            template = resized(self.inputs[0], count) if known else shortened(self.net, self.inputs[0], count)
+            return filled(
+                template, lambda t: normal(t.to(self.net.device, self.net.dtype), self.generator), self.data.draw
+            )
         which = int(torch.randint(len(self.inputs), (1,), generator=self.generator, device=device))
+        if not takes_rows(self.net, self.inputs[which]):
+            return self.inputs[which]
         order = torch.randperm(size(self.inputs[which]), generator=self.generator, device=device)
         return taken(self.inputs[which], order[:count])
 
@@ -167,7 +174,7 @@ class _Student:
         target, target_kernel = self.look(self.teacher, None, batch, probes)
         leaves = {name: weight.requires_grad_() for name, weight in _detached(masks.apply(self.params)).items()}
         outputs, kernel = self.look(leaves, masks, batch, probes, create_graph=True)
-        distance = (outputs - target).square().sum() / size(batch) / self.scales[0]
+        distance = (outputs - target).square().sum() / size_or_one(batch) / self.scales[0]
         mismatch = mean_square_between(kernel - target_kernel) / self.scales[1]
         loss = distance + self.ntt.gamma**2 * mismatch
         named = self.net.differentiate_again(loss, leaves)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sapwood.batches import Batch, Data, inputs_of, size, sliced
+from sapwood.batches import Batch, Data, as_batch, inputs_of, moved, size, sliced, tensors
 from sapwood.errors import ConfigError, DataError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.isolation import device_of
@@ -112,7 +112,7 @@ class Outputs:
         chosen, core = Options(**options), unwrapped(model)
         _refuse_random_layers(core, chosen)
         masks = None if masks is None else Names.of(model).fit(masks, strict=False)
-        batch = _checked(inputs_of(x), device_of(core))
+        batch = _checked(inputs_of(as_batch(x)), device_of(core))
         whole = [weight.name for weight in all_weights(model) if not weight.tensor.is_floating_point()]
         named = {"include": parameters or (), "exclude": whole}
         net = opened(model, Data((batch,)), masked=masks or (), forward=chosen.forward, zero_init="keep", **named)
@@ -276,17 +276,11 @@ def _columns(net: FunctionalModel, masks: Masks | None, options: Options) -> tup
 
 
 def _checked(batch: Batch, device: torch.device) -> Batch:
-    parts = batch.values() if isinstance(batch, dict) else [batch]
-    for part in parts:
-        if isinstance(part, Tensor) and part.is_complex():
-            raise DataError(
-                "The inputs are complex; only real inputs have a kernel here: pass real and imaginary parts."
-            )
+    if any(tensor.is_complex() for tensor in tensors(batch)):
+        raise DataError("The inputs are complex; only real inputs have a kernel here: pass real and imaginary parts.")
     if not size(batch):
         raise DataError("There are no inputs: a kernel needs at least one sample.")
-    if isinstance(batch, dict):
-        return {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
-    return batch.to(device)
+    return moved(batch, device)
 
 
 def _parts(batch: Batch, options: Options, net: FunctionalModel) -> Iterator[tuple[int, Batch]]:
