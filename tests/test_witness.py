@@ -584,6 +584,18 @@ def test_a_dead_network_is_an_error_and_a_dead_layer_none():
         sapwood.prune(model, method="magnitude", sparsity=0.5)
 
 
+@pytest.mark.trap(46)
+def test_a_budget_that_ends_among_scores_of_zero_says_so():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].bias[2:] = -100.0  # six of eight units are off
+    with pytest.warns(SapwoodWarning, match=r"36 of the 54 .* score 0 .* position only"):
+        sapwood.prune(model, method="snip", density=0.75, batches=batches())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sapwood.prune(model, method="snip", density=18 / 72, batches=batches())  # as many as matter
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()

@@ -78,6 +78,9 @@ class Round:
     collapsed: tuple[str, ...]
 
 
+MANY = 0.1
+"""Share of the kept weights without a score above which it is said."""
+
 OnRound = Callable[[Round, Masks], Any]
 
 
@@ -223,11 +226,13 @@ def iterate(
         _check_scores(scores, masks, net, method)
         if method.invert:
             scores = {name: -score for name, score in scores.items()}
-        masks = allocate(scores, first if method.regrow else masks, keep)
+        candidates = first if method.regrow else masks
+        masks = allocate(scores, candidates, keep)
         history.append(Round(index, target, keep, time.perf_counter() - begin, masks.collapsed))
         if on_round:
             on_round(history[-1], masks)
     warn_of_collapse(masks)
+    _warn_of_ties(masks, candidates, scores)
     return masks, tuple(history)
 
 
@@ -259,6 +264,19 @@ def warn_of_collapse(masks: Masks) -> None:
         warnings.warn(
             f"{len(masks.collapsed)} of {len(masks)} layers keep no weight ({', '.join(masks.collapsed[:5])}): the "
             "network may be cut in two there. min_per_layer=1, more rounds or a higher density avoid it.",
+            SapwoodWarning,
+            stacklevel=5,
+        )
+
+
+def _warn_of_ties(masks: Masks, candidates: Masks, scores: Scores) -> None:
+    """Says so where the budget ends among scores of zero, so that many weights are kept for where they stand."""
+    zero = {name: candidates[name] & (score == 0) for name, score in scores.items()}
+    kept = sum(int((zero[name] & mask).sum()) for name, mask in masks.items())
+    if kept > MANY * masks.kept and kept < sum(int(entries.sum()) for entries in zero.values()):
+        warnings.warn(
+            f"{kept:,} of the {masks.kept:,} weights that are kept have the score 0 and are kept for their position "
+            "only: fewer weights than the budget matter to this score (dead units? a loss that few layers reach?).",
             SapwoodWarning,
             stacklevel=5,
         )
