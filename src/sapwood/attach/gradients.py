@@ -1,0 +1,54 @@
+"""The mask that a weight carries: a hook on the tensor, through which everybody finds it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle, unserializable_hook
+
+from sapwood.attach.pruned import Pruned, is_sharded
+
+
+@unserializable_hook  # the module's guard carries the mask into files; torch need not warn
+class GradientMask:
+    """Zeroes the pruned part of a weight's gradient before it is accumulated, or given to `autograd.grad`.
+
+    Attributes:
+        pruned: Where.
+        held: An optimizer was seen to hold the weight.
+    """
+
+    def __init__(self, pruned: Pruned) -> None:
+        self.pruned = pruned
+        self.held = False
+
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        # A sharded gradient may still be a sum over ranks: `accumulated` waits for the whole one.
+        return None if is_sharded(gradient) else self.pruned.zeroed(gradient)
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """FSDP2 writes gradients itself, past the hook above, and calls this one."""
+        if parameter.grad is not None:
+            self.pruned.zero_(parameter.grad.data)
+
+
+def carried(tensor: Tensor) -> GradientMask | None:
+    """The mask that a tensor carries, if any."""
+    for hook in (tensor._backward_hooks or {}).values():
+        if isinstance(hook, GradientMask):
+            return hook
+    return None
+
+
+def carry(parameter: nn.Parameter, pruned: Pruned) -> list[RemovableHandle]:
+    """Makes a weight carry a mask, also while it is frozen; none if it carries this one already."""
+    before = carried(parameter)
+    if before is not None and before.pruned is pruned:
+        return []
+    hook, trains = GradientMask(pruned), parameter.requires_grad
+
+    parameter.requires_grad_(True)  # torch hooks no frozen tensor, but keeps the hooks of a thawed one
+    handles = [parameter.register_hook(hook)]
+    if is_sharded(parameter):
+        handles.append(parameter.register_post_accumulate_grad_hook(hook.accumulated))
+    parameter.requires_grad_(trains)
+    return handles

@@ -1,0 +1,131 @@
+"""Hooks on modules: pruned weights are zero before any forward pass that could read them, and in every state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sapwood.attach.gradients import carry
+from sapwood.attach.pruned import Pruned
+from sapwood.attach.stepping import watch_all_optimizers
+from sapwood.errors import MaskError
+
+
+class Entry:
+    """The mask of one parameter of one module; copied and pickled with it, it masks the copy's parameter.
+
+    Attributes:
+        pruned: Where.
+        parameter: The tensor that was last seen to be the module's parameter.
+    """
+
+    def __init__(self, pruned: Pruned, parameter: nn.Parameter) -> None:
+        watch_all_optimizers()
+        self.pruned = pruned
+        self.parameter = parameter
+        self._handles = carry(parameter, pruned)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Built anew: a copied or loaded tensor has no hooks.
+        return Entry, (self.pruned, self.parameter)
+
+    def zero(self, parameter: nn.Parameter) -> None:
+        """Zeroes the pruned weights; a tensor that took the parameter's place is followed."""
+        if parameter is not self.parameter:
+            self._handles += carry(parameter, self.pruned)
+            self.parameter = parameter
+        self.pruned.zero_(parameter.data)
+
+    def release(self) -> None:
+        """Takes the gradient's mask off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class Guard:
+    """The hooks of one module that has masked parameters in it or below.
+
+    The outermost guarded module that is called zeroes everything below, whoever reads it (attention
+    reads its projection's weight without calling the projection); those inside then need not.
+    Nothing refers to a module: hooks are told theirs, so that a copy of a module guards the copy.
+
+    Attributes:
+        entries: The masks of the module's own parameters.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._is_inside = False
+        self._inside: list[Guard] = []
+        self._handles: list[RemovableHandle] = []
+
+    def install(self, module: nn.Module) -> None:
+        """Hooks the module."""
+        self._handles = [
+            module.register_forward_pre_hook(self, prepend=True),
+            module.register_forward_hook(self.leave, always_call=True),
+            module.register_state_dict_pre_hook(self.save),  # type: ignore[no-untyped-call]
+        ]
+
+    def uninstall(self) -> None:
+        """Takes the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        """Before the forward pass."""
+        # A compiled graph cannot write to weights without autograd noticing.
+        if self._is_inside or torch.compiler.is_compiling():
+            return
+
+        with torch._C._DisableFuncTorch():  # the weights are the user's own, whatever torch.func does
+            for below, guard in guards(module):
+                guard.zero(below)
+                if guard is not self:
+                    guard._is_inside = True
+                    self._inside.append(guard)
+
+    def leave(self, *_: Any) -> None:
+        """After the forward pass, also one that raised."""
+        while self._inside:
+            self._inside.pop()._is_inside = False
+
+    def save(self, module: nn.Module, *_: Any) -> None:
+        """Before the module's own part of a state dict is taken."""
+        self.zero(module)
+
+    def zero(self, module: nn.Module) -> None:
+        """Zeroes the pruned weights of the module's own parameters."""
+        if getattr(module, "_is_replica", False):
+            return  # of DataParallel: it has no parameters, and reads those of the model that was called
+        for leaf, entry in self.entries.items():
+            parameter: Tensor | None = module._parameters.get(leaf)
+            if parameter is None or parameter.shape != entry.pruned.mask.shape:
+                came = "gone" if parameter is None else f"of shape {tuple(parameter.shape)}"
+                raise MaskError(
+                    f"{type(module).__name__}'s parameter {leaf!r} of shape {tuple(entry.pruned.mask.shape)} was "
+                    f"attached to masks, and is {came} now (a parametrization, torch.nn.utils.prune or a conversion "
+                    "took its place?): undo that, or remove() the attachment and attach masks made for the new model."
+                )
+            if isinstance(parameter, nn.Parameter):  # else lent by functional_call, whose tensors are the caller's
+                entry.zero(parameter)
+
+
+def guard_of(module: nn.Module) -> Guard | None:
+    """The guard of a module, if it has one."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, Guard):
+            return hook
+    return None
+
+
+def guards(module: nn.Module) -> Iterator[tuple[nn.Module, Guard]]:
+    """Every guarded module in and below a module, with its guard."""
+    for below in module.modules():
+        guard = guard_of(below)
+        if guard is not None:
+            yield below, guard

@@ -1,0 +1,88 @@
+"""Where one weight is pruned, and how zeros get there: dense, sparse and sharded tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Pruned:
+    """The pruned entries of one weight, on the device and in the shards of whatever is to be zeroed there.
+
+    Never changes, so that copies of a model share it.
+
+    Args:
+        mask: True = keep; of the weight's shape, on any device.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._layouts: dict[Any, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruned:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pruned, (self.mask,)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """True where pruned; on the tensor's device and sharded like it."""
+        key = (tensor.device, getattr(tensor, "placements", None))
+        if key not in self._layouts:
+            # Ordinary tensors, whatever is going on around: they are kept.
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                mask = _sharded_like(self.mask, tensor) if is_sharded(tensor) else self.mask
+                self._layouts[key] = mask.logical_not().to(tensor.device)
+        return self._layouts[key]
+
+    def zero_(self, tensor: Tensor) -> None:
+        """Zeroes the pruned entries in place, unseen by autograd.
+
+        Filled, not multiplied: NaN and infinity times 0 are NaN. Pass `weight.data` where nothing is
+        written unless somebody broke the zeros (no backward pass then mistakes the weight for
+        a changed one), and `weight.detach()` where autograd must notice.
+        """
+        if tensor.layout is torch.sparse_coo:
+            tensor._values().masked_fill_(self._at(tensor), 0)
+        else:
+            local_part(tensor).masked_fill_(self.like(tensor), 0)
+
+    def zeroed(self, gradient: Tensor) -> Tensor:
+        """A gradient without its pruned entries; differentiable like the gradient."""
+        if gradient.layout is torch.sparse_coo:
+            values = gradient._values().masked_fill(self._at(gradient), 0)
+            return torch.sparse_coo_tensor(
+                gradient._indices(), values, gradient.shape, is_coalesced=gradient.is_coalesced()
+            )
+        return gradient.masked_fill(self.like(gradient), 0)
+
+    def _at(self, sparse: Tensor) -> Tensor:
+        """True where a value of a sparse tensor is at a pruned entry."""
+        indices = sparse._indices().to(self.mask.device)
+        return self.mask[tuple(indices)].logical_not().to(sparse.device)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Any) -> Tensor:
+    """The tensor itself, or this rank's shard of a DTensor (which shares its storage)."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return local
+
+
+def _sharded_like(mask: Tensor, tensor: Any) -> Tensor:
+    # Takes a second to import; only sharded models need it.
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = tensor.device_mesh
+    # Zeros in every summand are zeros in the sum.
+    placements = [Replicate() if place.is_partial() else place for place in tensor.placements]
+    # Every rank holds the whole mask, so each cuts out its own shard: nothing is sent.
+    return distribute_tensor(
+        mask.to(mesh.device_type), mesh, placements, src_data_rank=None
+    ).to_local()

@@ -1,0 +1,123 @@
+"""Every optimizer that steps a masked weight: gradients and state are masked before, weights zeroed after."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from sapwood.attach.gradients import GradientMask, carried
+from sapwood.attach.pruned import is_sharded
+
+_clean_states: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""By optimizer, the `state` whose pruned entries were zeroed; loading a state dict makes a new one."""
+
+
+@functools.cache
+def watch_all_optimizers() -> None:
+    """Asks torch to call the two functions below around the steps of all optimizers, once a process.
+
+    An optimizer is known by the tensors in it: so one that was copied with its model, or built later, is
+    seen as well, and one that has no masked weight is left alone.
+    """
+    register_optimizer_step_pre_hook(before_step)
+    register_optimizer_step_post_hook(after_step)
+
+
+def before_step(optimizer: Any, *_: Any) -> None:
+    """Masks gradients that something other than a backward pass wrote, and a state that is new."""
+    for parameter, mask in masked(optimizer):
+        mask.held = True
+        if parameter.grad is not None:
+            mask.pruned.zero_(parameter.grad.data)
+    if _clean_states.get(optimizer) is not getattr(optimizer, "state", None):
+        zero_state(optimizer)
+
+
+def after_step(optimizer: Any, *_: Any) -> None:
+    """Zeroes the pruned weights."""
+    for parameter, mask in masked(optimizer):
+        mask.pruned.zero_(parameter.data)
+
+
+def masked(optimizer: Any) -> Iterator[tuple[Tensor, GradientMask]]:
+    """The masked weights of an optimizer."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            mask = carried(parameter)
+            if mask is not None:
+                yield parameter, mask
+
+
+def zero_state(optimizer: Any) -> None:
+    """Zeroes momentum, moments and slow copies of pruned weights: all that is kept entry by entry."""
+    states = getattr(optimizer, "state", None)
+    _clean_states[optimizer] = states
+    for parameter, state in (states or {}).items():
+        mask = carried(parameter) if isinstance(parameter, Tensor) else None
+        if mask is None:
+            continue
+        for value in _tensors(state):
+            # Quantised states hold codes, of which 0 need not mean zero.
+            plain = type(value) in (Tensor, nn.Parameter) or is_sharded(value)
+            numeric = value.is_floating_point() or value.is_complex()
+            if plain and numeric and value.shape == parameter.shape:
+                mask.pruned.zero_(value.detach())
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether something can be stepped and says which tensors it steps."""
+    return hasattr(value, "param_groups") and callable(getattr(value, "step", None))
+
+
+def with_inner(optimizers: Iterable[Any]) -> list[Any]:
+    """The optimizers and those inside them (wrappers such as Lookahead, SAM and accelerate's), each once."""
+    found: dict[int, Any] = {}
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop()
+        if id(optimizer) in found:
+            continue
+        found[id(optimizer)] = optimizer
+        inside = [value for each in getattr(optimizer, "__dict__", {}).values() for value in _members(each)]
+        waiting += filter(is_optimizer, inside)
+    return list(found.values())
+
+
+def watch(optimizer: Any) -> None:
+    """Sees to it that steps of a wrapper are seen, too: torch calls its hooks for its own `Optimizer.step` only."""
+    step = getattr(optimizer.step, "__func__", None)
+    if step is None or getattr(step, "hooked", False) or getattr(step, "watched", False):
+        return
+
+    @functools.wraps(step)
+    def watched(self: Any, *args: Any, **settings: Any) -> Any:
+        before_step(self)
+        result = step(self, *args, **settings)
+        after_step(self)
+        return result
+
+    watched.watched = True  # type: ignore[attr-defined]
+    optimizer.step = MethodType(watched, optimizer)  # a method, so that a copy steps the copy
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for member in _members(value):
+            yield from _tensors(member)
