@@ -222,7 +222,7 @@ def _placed(mask: Any, name: str, module: nn.Module, leaf: str, parameter: nn.Pa
         guard = Guard()
         guard.install(module)
     before = carried(parameter)  # a tied parameter has one mask in all its places
-    entry = guard.entries[leaf] = Entry(Pruned(mask) if before is None else before.pruned, parameter)
+    entry = guard.entries[leaf] = Entry(Pruned(name, mask) if before is None else before.pruned, parameter)
     return Place(name, module, leaf, entry, parameter)
 
 

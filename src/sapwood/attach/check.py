@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from sapwood.attach.pruned import Pruned, local_part
+from sapwood.attach.pruned import Pruned
 from sapwood.errors import MaskError
 from sapwood.masks import Masks, clean_name
 
@@ -26,7 +25,6 @@ def masked_parameters(masks: Masks, model: nn.Module, strict: bool) -> dict[str,
     return {name: parameters[name] for name in masks}
 
 
-@torch.no_grad()
 def assert_masked(model: nn.Module, masks: Masks, *, strict: bool = True) -> None:
     """Checks that every pruned weight of `model` is exactly zero; sharded parameters are checked on this rank's shard.
 
@@ -34,10 +32,11 @@ def assert_masked(model: nn.Module, masks: Masks, *, strict: bool = True) -> Non
         MaskError: a weight is not zero (NaN included), or the masks do not fit the model.
     """
     for name, parameter in masked_parameters(masks, model, strict).items():
-        pruned = local_part(parameter)[Pruned(masks[name]).like(parameter)]
-        alive = int(pruned.count_nonzero())
-        if alive:
+        pruned = Pruned(name, masks[name])
+        alive = pruned.alive(parameter)
+        if alive.numel():
             raise MaskError(
-                f"Layer {name!r}: {alive} of {pruned.numel()} pruned weights are not zero (largest magnitude "
-                f"{pruned.abs().max().item():.3g}); was an optimizer stepped, or a state loaded, without attach?"
+                f"Layer {name!r}: {alive.numel()} of {int(pruned.like(parameter).sum())} pruned weights are not zero "
+                f"(largest magnitude {alive.abs().max().item():.3g}); was an optimizer stepped, or a state loaded, "
+                "without attach?"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
@@ -15,13 +17,17 @@ class GradientMask:
     Attributes:
         pruned: Where.
         held: An optimizer was seen to hold the weight.
+        is_compiled: A compiled forward pass reads the weight, in which nothing can be zeroed.
+        version: The weight's version when it was last seen to be zero.
     """
 
-    def __init__(self, pruned: Pruned) -> None:
+    def __init__(self, pruned: Pruned, version: int) -> None:
         self.pruned = pruned
-        self.held = False
+        self.held = self.is_compiled = False
+        self.version = version
 
     def __call__(self, gradient: Tensor) -> Tensor | None:
+        """The masked gradient; None leaves it as it is."""
         # A sharded gradient may still be a sum over ranks: `accumulated` waits for the whole one.
         return None if is_sharded(gradient) else self.pruned.zeroed(gradient)
 
@@ -44,11 +50,12 @@ def carry(parameter: nn.Parameter, pruned: Pruned) -> list[RemovableHandle]:
     before = carried(parameter)
     if before is not None and before.pruned is pruned:
         return []
-    hook, trains = GradientMask(pruned), parameter.requires_grad
+    hook, trains = GradientMask(pruned, parameter._version), parameter.requires_grad
 
     parameter.requires_grad_(True)  # torch hooks no frozen tensor, but keeps the hooks of a thawed one
-    handles = [parameter.register_hook(hook)]
+    tensor: Any = parameter
+    handles = [tensor.register_hook(hook)]
     if is_sharded(parameter):
-        handles.append(parameter.register_post_accumulate_grad_hook(hook.accumulated))
+        handles.append(tensor.register_post_accumulate_grad_hook(hook.accumulated))
     parameter.requires_grad_(trains)
     return handles

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sapwood.attach.gradients import carry
+from sapwood.attach.gradients import carried, carry
 from sapwood.attach.pruned import Pruned
 from sapwood.attach.stepping import watch_all_optimizers
 from sapwood.errors import MaskError
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _while_compiling(function: Function) -> Function:
+    """What torch.compile runs itself, once, instead of compiling it."""
+    mark: Any = torch.compiler.assume_constant_result
+    marked: Function = mark(function)
+    return marked
 
 
 class Entry:
@@ -63,12 +73,12 @@ class Guard:
         self._inside: list[Guard] = []
         self._handles: list[RemovableHandle] = []
 
-    def install(self, module: nn.Module) -> None:
+    def install(self, module: Any) -> None:
         """Hooks the module."""
         self._handles = [
             module.register_forward_pre_hook(self, prepend=True),
             module.register_forward_hook(self.leave, always_call=True),
-            module.register_state_dict_pre_hook(self.save),  # type: ignore[no-untyped-call]
+            module.register_state_dict_pre_hook(self.save),
         ]
 
     def uninstall(self) -> None:
@@ -78,8 +88,10 @@ class Guard:
 
     def __call__(self, module: nn.Module, _: Any) -> None:
         """Before the forward pass."""
-        # A compiled graph cannot write to weights without autograd noticing.
-        if self._is_inside or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.compiled()
+            return
+        if self._is_inside:
             return
 
         with torch._C._DisableFuncTorch():  # the weights are the user's own, whatever torch.func does
@@ -88,6 +100,14 @@ class Guard:
                 if guard is not self:
                     guard._is_inside = True
                     self._inside.append(guard)
+
+    @_while_compiling
+    def compiled(self) -> None:
+        """Runs once, when a forward pass is compiled: its graph cannot zero weights unseen by autograd."""
+        for entry in self.entries.values():
+            mask = carried(entry.parameter)
+            if mask is not None:
+                mask.is_compiled = True
 
     def leave(self, *_: Any) -> None:
         """After the forward pass, also one that raised."""
@@ -107,8 +127,8 @@ class Guard:
             if parameter is None or parameter.shape != entry.pruned.mask.shape:
                 came = "gone" if parameter is None else f"of shape {tuple(parameter.shape)}"
                 raise MaskError(
-                    f"{type(module).__name__}'s parameter {leaf!r} of shape {tuple(entry.pruned.mask.shape)} was "
-                    f"attached to masks, and is {came} now (a parametrization, torch.nn.utils.prune or a conversion "
+                    f"Parameter {entry.pruned.name!r} of shape {tuple(entry.pruned.mask.shape)} was attached to masks, "
+                    f"and is {came} now (a parametrization, torch.nn.utils.prune or a conversion "
                     "took its place?): undo that, or remove() the attachment and attach masks made for the new model."
                 )
             if isinstance(parameter, nn.Parameter):  # else lent by functional_call, whose tensors are the caller's

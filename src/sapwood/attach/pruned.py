@@ -14,10 +14,12 @@ class Pruned:
     Never changes, so that copies of a model share it.
 
     Args:
+        name: The weight's name in the model that was attached.
         mask: True = keep; of the weight's shape, on any device.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, name: str, mask: Tensor) -> None:
+        self.name = name
         self.mask = mask
         self._layouts: dict[Any, Tensor] = {}
 
@@ -25,7 +27,7 @@ class Pruned:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Pruned, (self.mask,)
+        return Pruned, (self.name, self.mask)
 
     def like(self, tensor: Tensor) -> Tensor:
         """True where pruned; on the tensor's device and sharded like it."""
@@ -58,6 +60,11 @@ class Pruned:
             )
         return gradient.masked_fill(self.like(gradient), 0)
 
+    def alive(self, tensor: Tensor) -> Tensor:
+        """The pruned entries that are not zero (NaN included); of a sharded tensor, those of this rank."""
+        entries = local_part(tensor.detach())[self.like(tensor)]
+        return entries[entries != 0]
+
     def _at(self, sparse: Tensor) -> Tensor:
         """True where a value of a sparse tensor is at a pruned entry."""
         indices = sparse._indices().to(self.mask.device)
@@ -83,6 +90,4 @@ def _sharded_like(mask: Tensor, tensor: Any) -> Tensor:
     # Zeros in every summand are zeros in the sum.
     placements = [Replicate() if place.is_partial() else place for place in tensor.placements]
     # Every rank holds the whole mask, so each cuts out its own shard: nothing is sent.
-    return distribute_tensor(
-        mask.to(mesh.device_type), mesh, placements, src_data_rank=None
-    ).to_local()
+    return distribute_tensor(mask.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()

@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
 
 from sapwood.attach.gradients import GradientMask, carried
 from sapwood.attach.pruned import is_sharded
+from sapwood.errors import MaskError
 
 _clean_states: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """By optimizer, the `state` whose pruned entries were zeroed; loading a state dict makes a new one."""
@@ -36,6 +37,8 @@ def before_step(optimizer: Any, *_: Any) -> None:
     """Masks gradients that something other than a backward pass wrote, and a state that is new."""
     for parameter, mask in masked(optimizer):
         mask.held = True
+        if mask.is_compiled and parameter._version != mask.version:
+            _check_unwritten(parameter, mask)
         if parameter.grad is not None:
             mask.pruned.zero_(parameter.grad.data)
     if _clean_states.get(optimizer) is not getattr(optimizer, "state", None):
@@ -46,6 +49,7 @@ def after_step(optimizer: Any, *_: Any) -> None:
     """Zeroes the pruned weights."""
     for parameter, mask in masked(optimizer):
         mask.pruned.zero_(parameter.data)
+        mask.version = parameter._version
 
 
 def masked(optimizer: Any) -> Iterator[tuple[Tensor, GradientMask]]:
@@ -107,6 +111,15 @@ def watch(optimizer: Any) -> None:
 
     watched.watched = True  # type: ignore[attr-defined]
     optimizer.step = MethodType(watched, optimizer)  # a method, so that a copy steps the copy
+
+
+def _check_unwritten(parameter: Tensor, mask: GradientMask) -> None:
+    if mask.pruned.alive(parameter).numel():
+        raise MaskError(
+            f"Pruned weights of {mask.pruned.name!r} were written outside of an optimizer's step (a state was loaded?) "
+            "and a compiled forward pass may have used them: call the attachment's apply() after such a write, or give "
+            "attach the compiled model, which then zeroes them itself."
+        )
 
 
 def _members(value: Any) -> Iterable[Any]:
