@@ -14,7 +14,6 @@ from sapwood.attach.pruned import Pruned
 from sapwood.attach.stepping import watch_all_optimizers
 from sapwood.errors import MaskError
 
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -37,18 +36,25 @@ class Entry:
         watch_all_optimizers()
         self.pruned = pruned
         self.parameter = parameter
+        self._kind = _kind(parameter)
         self._handles = carry(parameter, pruned)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Built anew: a copied or loaded tensor has no hooks.
         return Entry, (self.pruned, self.parameter)
 
-    def zero(self, parameter: nn.Parameter) -> None:
-        """Zeroes the pruned weights; a tensor that took the parameter's place is followed."""
-        if parameter is not self.parameter:
+    def zero(self, parameter: nn.Parameter) -> bool:
+        """Zeroes the pruned weights; follows a tensor that took the parameter's place, and says whether one did."""
+        is_another = parameter is not self.parameter
+        if is_another:
             self._handles += carry(parameter, self.pruned)
             self.parameter = parameter
+        if _kind(parameter) != self._kind:
+            # A conversion may have swapped what is behind the tensor: autograd is told of its hooks again.
+            parameter._backward_hooks = parameter._backward_hooks
+            self._kind = _kind(parameter)
         self.pruned.zero_(parameter.data)
+        return is_another
 
     def release(self) -> None:
         """Takes the gradient's mask off."""
@@ -86,7 +92,7 @@ class Guard:
         while self._handles:
             self._handles.pop().remove()
 
-    def __call__(self, module: nn.Module, _: Any) -> None:
+    def __call__(self, module: Any, _: Any) -> None:
         """Before the forward pass."""
         if torch.compiler.is_compiling():
             self.compiled()
@@ -96,7 +102,10 @@ class Guard:
 
         with torch._C._DisableFuncTorch():  # the weights are the user's own, whatever torch.func does
             for below, guard in guards(module):
-                guard.zero(below)
+                is_another = guard.zero(below)
+                if is_another:
+                    # Perhaps gathered from its shards by a hook (fully_shard's) that ran before: not again.
+                    module._forward_pre_hooks.move_to_end(self._handles[0].id, last=False)
                 if guard is not self:
                     guard._is_inside = True
                     self._inside.append(guard)
@@ -118,10 +127,11 @@ class Guard:
         """Before the module's own part of a state dict is taken."""
         self.zero(module)
 
-    def zero(self, module: nn.Module) -> None:
-        """Zeroes the pruned weights of the module's own parameters."""
+    def zero(self, module: nn.Module) -> bool:
+        """Zeroes the pruned weights of the module's own parameters; says whether another tensor was one's place."""
+        followed = False
         if getattr(module, "_is_replica", False):
-            return  # of DataParallel: it has no parameters, and reads those of the model that was called
+            return followed  # of DataParallel: it has no parameters, and reads those of the model that was called
         for leaf, entry in self.entries.items():
             parameter: Tensor | None = module._parameters.get(leaf)
             if parameter is None or parameter.shape != entry.pruned.mask.shape:
@@ -132,7 +142,12 @@ class Guard:
                     "took its place?): undo that, or remove() the attachment and attach masks made for the new model."
                 )
             if isinstance(parameter, nn.Parameter):  # else lent by functional_call, whose tensors are the caller's
-                entry.zero(parameter)
+                followed |= entry.zero(parameter)
+        return followed
+
+
+def _kind(parameter: Tensor) -> tuple[torch.device, torch.dtype]:
+    return parameter.device, parameter.dtype
 
 
 def guard_of(module: nn.Module) -> Guard | None:

@@ -56,7 +56,11 @@ class Pruned:
         if gradient.layout is torch.sparse_coo:
             values = gradient._values().masked_fill(self._at(gradient), 0)
             return torch.sparse_coo_tensor(
-                gradient._indices(), values, gradient.shape, is_coalesced=gradient.is_coalesced()
+                gradient._indices(),
+                values,
+                gradient.shape,
+                is_coalesced=gradient.is_coalesced(),
+                check_invariants=False,  # those of the gradient
             )
         return gradient.masked_fill(self.like(gradient), 0)
 
