@@ -54,8 +54,8 @@ class Accelerated(Optimizer):
     def add_param_group(self, group):
         self.optimizer.add_param_group(group)
 
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
+    def zero_grad(self):
+        self.optimizer.zero_grad()
 
     def step(self, closure=None):
         return self.optimizer.step(closure)
