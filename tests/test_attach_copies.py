@@ -229,7 +229,9 @@ def test_a_parameter_that_is_taken_away_is_missed(attached, replace) -> None:
     model, _, attachment = attached
     replace(model[0])
     for read in (lambda: model(torch.randn(2, 8)), model.state_dict):
-        with pytest.raises(MaskError, match=r"'0\.weight' of shape \(16, 8\) was attached .*: undo that, or remove\(\)"):
+        with pytest.raises(
+            MaskError, match=r"'0\.weight' of shape \(16, 8\) was attached .*: undo that, or remove\(\)"
+        ):
             read()
     attachment.remove()
     model.state_dict()

@@ -8,14 +8,14 @@ from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
 from sapwood.attach.gradients import GradientMask, carried
-from sapwood.attach.pruned import is_sharded
+from sapwood.attach.pruned import PLAIN, is_sharded
 from sapwood.errors import MaskError
 
 _clean_states: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -71,7 +71,7 @@ def zero_state(optimizer: Any) -> None:
             continue
         for value in _tensors(state):
             # Quantised states hold codes, of which 0 need not mean zero.
-            plain = type(value) in (Tensor, nn.Parameter) or is_sharded(value)
+            plain = type(value) in PLAIN or is_sharded(value)
             numeric = value.is_floating_point() or value.is_complex()
             if plain and numeric and value.shape == parameter.shape:
                 mask.pruned.zero_(value.detach())
