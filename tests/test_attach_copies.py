@@ -237,6 +237,27 @@ def test_a_parameter_that_is_taken_away_is_missed(attached, replace) -> None:
     model.state_dict()
 
 
+@pytest.mark.trap(69)
+def test_weights_that_are_tied_after_attach_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    attach(random_masks(model), model, None)
+    model[1].weight = model[0].weight
+    with pytest.raises(MaskError, match=r"'1\.weight' is the same tensor as '0\.weight' by now"):
+        model(torch.randn(2, 8))
+
+
+@pytest.mark.trap(69)
+def test_weights_that_cannot_be_trained_are_refused() -> None:
+    with torch.inference_mode():
+        made = nn.Linear(4, 4)
+    integers = nn.Linear(4, 4).requires_grad_(False)
+    integers.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    for model, reason in ((made, "was made in inference mode"), (integers, "is of dtype torch.int8")):
+        with pytest.raises(MaskError, match=f"'weight' {reason} and cannot be trained"):
+            attach(Masks({"weight": torch.rand(4, 4) < 0.5}), model, None)
+        assert not model._forward_pre_hooks
+
+
 def test_an_attachment_keeps_nothing_alive(attached) -> None:
     model, masks, _ = attached
     client = copy.deepcopy(model)

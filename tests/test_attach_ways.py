@@ -357,7 +357,7 @@ def test_a_result_brings_its_masks_and_its_weights() -> None:
 def test_what_is_no_mask_and_no_optimizer_is_refused() -> None:
     model = net()
     masks = random_masks(model)
-    with pytest.raises(MaskError, match="attach takes Masks or a result of prune, and got dict; sapwood.Masks"):
+    with pytest.raises(MaskError, match=r"attach takes Masks or a result of prune, and got dict; sapwood\.Masks"):
         attach(dict(masks), model, SGD(model.parameters(), lr=0.1))
     for given in (42, [model], model.parameters()):
         with pytest.raises(MaskError, match=r"attach takes optimizers, which have .*, and got \w+; .* pass None"):
@@ -389,9 +389,10 @@ def test_weights_that_are_updated_by_hand() -> None:
                     parameter -= 0.1 * parameter.grad + 0.01
             model(torch.randn(2, 8))
             assert alive(model, masks) == 0
-        write(model)
-        attachment.apply()
-        assert alive(model, masks) == 0
+        for assign in (False, True):
+            model.load_state_dict(net().state_dict(), assign=assign)
+            attachment.apply()
+            assert alive(model, masks) == 0
 
 
 @pytest.mark.trap(66)

@@ -145,7 +145,7 @@ class Loop:
         if noise:
             for p in self.model.parameters():
                 if p.grad is not None:
-                    p.grad = p.grad.detach() + 0.1 * torch.randn_like(p)
+                    p.grad = p.grad + 0.1 * torch.randn_like(p).detach()
                     self._mask_gradient(p)
         if clip:
             nn.utils.clip_grad_norm_(everything_of(self.optimizers), 0.05)
@@ -154,7 +154,7 @@ class Loop:
     def _mask_gradient(self, parameter):
         for name, mask in self.masks.items() if self.by_hand and self.is_attached else ():
             if self.model.get_parameter(name) is parameter:
-                parameter.grad.mul_(mask)
+                parameter.grad = parameter.grad * mask
 
     def by_closure(self):
         self.mode("train")

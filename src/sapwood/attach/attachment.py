@@ -56,9 +56,10 @@ class Place:
 class Attachment:
     """The handle of `attach`; `remove` or the end of `with` frees the model again."""
 
-    def __init__(self, model: nn.Module, places: list[Place]) -> None:
+    def __init__(self, model: nn.Module, places: list[Place], *, by_hand: bool) -> None:
         self._model = model
         self._places = places
+        self._by_hand = by_hand
         self._is_removed = False
 
     def mask_gradients(self) -> None:
@@ -81,8 +82,7 @@ class Attachment:
                     f"Parameter {place.name!r} was attached to other masks since; use the handle of that attachment."
                 )
             parameter = current.get(place.name)
-            mask = None if parameter is None else carried(parameter)
-            if parameter is not place.parameter and not (mask is not None and mask.held):
+            if not (parameter is place.parameter or self._is_trained(parameter)):
                 raise MaskError(
                     f"Parameter {place.name!r} is no longer the tensor that the masks were attached to (fully_shard, "
                     "load_state_dict(assign=True) or a conversion replaced it), and no optimizer has stepped the new "
@@ -90,6 +90,11 @@ class Attachment:
                 )
         for place in self._places:
             place.entry.pruned.zero_(current[place.name].detach())
+
+    def _is_trained(self, parameter: nn.Parameter | None) -> bool:
+        """Whether a tensor that took a parameter's place is the one that is trained."""
+        mask = None if parameter is None else carried(parameter)
+        return parameter is not None and (self._by_hand or (mask is not None and mask.held))
 
     def remove(self) -> None:
         """Takes the hooks off the model; the weights stay as they are. A second call does nothing."""
@@ -150,13 +155,13 @@ def attach(
     owners = _owners(parameters, model)
     if optimizer is not None:
         _check_held(parameters, optimizers)
-    _check_shared(parameters, owners)
+    _check_free(parameters, owners)
 
     if not isinstance(found, Masks) and found.params is not None:
         _load(found, model, parameters)
     for _, module, leaf, _ in owners:
         _release(module, leaf)
-    attachment = Attachment(model, [_placed(chosen[owner[0]], *owner) for owner in owners])
+    attachment = Attachment(model, [_placed(chosen[owner[0]], *owner) for owner in owners], by_hand=optimizer is None)
     _guard_all(model)
     attachment.mask_gradients()
     for place in attachment._places:
@@ -252,17 +257,24 @@ def _check_held(parameters: Mapping[str, nn.Parameter], optimizers: list[Any]) -
         )
 
 
-def _check_shared(parameters: Mapping[str, nn.Parameter], owners: list[Owner]) -> None:
-    """No masked parameter carries the mask of a module outside of this model, which would go on holding."""
+def _check_free(parameters: Mapping[str, nn.Parameter], owners: list[Owner]) -> None:
+    """Every masked parameter can carry a mask, and carries none for a module outside of this model."""
     inside = set[int]()
     for _, module, leaf, _ in owners:
         guard = guard_of(module)
         if guard is not None and leaf in guard.entries:
             inside.add(id(guard.entries[leaf].pruned))
+
     for name, parameter in parameters.items():
         mask = carried(parameter)
         if mask is not None and id(mask.pruned) not in inside:
             raise MaskError(
                 f"Parameter {name!r} is shared with another model, which is attached to masks: remove() that "
                 "attachment first."
+            )
+        if parameter.is_inference() or not (parameter.is_floating_point() or parameter.is_complex()):
+            kind = "was made in inference mode" if parameter.is_inference() else f"is of dtype {parameter.dtype}"
+            raise MaskError(
+                f"Parameter {name!r} {kind} and cannot be trained under a mask; attach needs ordinary floating-point "
+                "parameters (result.load_into(model) zeroes pruned weights once)."
             )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from sapwood.attach.pruned import Pruned, is_sharded
+from sapwood.errors import MaskError
 
 
 @unserializable_hook  # the module's guard carries the mask into files; torch need not warn
@@ -46,10 +47,19 @@ def carried(tensor: Tensor) -> GradientMask | None:
 
 
 def carry(parameter: nn.Parameter, pruned: Pruned) -> list[RemovableHandle]:
-    """Makes a weight carry a mask, also while it is frozen; none if it carries this one already."""
+    """Makes a weight carry a mask, also while it is frozen; none if it carries this one already.
+
+    Raises:
+        MaskError: it carries another one.
+    """
     before = carried(parameter)
-    if before is not None and before.pruned is pruned:
-        return []
+    if before is not None:
+        if before.pruned is pruned:
+            return []
+        raise MaskError(
+            f"Parameter {pruned.name!r} is the same tensor as {before.pruned.name!r} by now, and each was attached to "
+            "masks of its own: tie weights before pruning, and attach once to all that share them."
+        )
     hook, trains = GradientMask(pruned, parameter._version), parameter.requires_grad
 
     parameter.requires_grad_(True)  # torch hooks no frozen tensor, but keeps the hooks of a thawed one
