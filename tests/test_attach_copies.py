@@ -79,7 +79,10 @@ def test_a_copied_pair_keeps_its_zeros(build) -> None:
 @pytest.mark.trap(67)
 def test_a_copied_model_keeps_its_zeros(attached) -> None:
     model, masks, _ = attached
+    write(model)
     client = copy.deepcopy(model)
+    assert alive(client, masks) == 0 and alive(model, masks) > 0  # a copy is clean from the start
+    model(torch.randn(2, 8))
     write(client)
     client(torch.randn(2, 8))
     assert alive(client, masks) == 0 and alive(model, masks) == 0

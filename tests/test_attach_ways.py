@@ -329,8 +329,14 @@ def test_what_a_compiled_forward_may_have_seen(how: str) -> None:
 
     train()
     model.load_state_dict(net().state_dict())
-    if how == "compiled first":
+    if how == "compiled first":  # then a hook runs before it
         train()
+        run(torch.randn(2, 8)).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        optimizer.step()
+        assert alive(model, masks) == 0
         return
     with pytest.raises(MaskError, match=r"'0\.weight' were written outside of an optimizer's step"):
         train()

@@ -164,8 +164,6 @@ def attach(
     attachment = Attachment(model, [_placed(chosen[owner[0]], *owner) for owner in owners], by_hand=optimizer is None)
     _guard_all(model)
     attachment.mask_gradients()
-    for place in attachment._places:
-        place.entry.pruned.zero_(place.parameter.detach())
     for each in optimizers:
         watch(each)
         zero_state(each)

@@ -25,7 +25,11 @@ def _while_compiling(function: Function) -> Function:
 
 
 class Entry:
-    """The mask of one parameter of one module; copied and pickled with it, it masks the copy's parameter.
+    """The mask of one parameter of one module; copied or pickled with it, it masks the copy's parameter.
+
+    Args:
+        pruned: Where.
+        parameter: Its pruned entries are zeroed.
 
     Attributes:
         pruned: Where.
@@ -38,6 +42,7 @@ class Entry:
         self.parameter = parameter
         self._kind = _kind(parameter)
         self._handles = carry(parameter, pruned)
+        pruned.zero_(parameter.detach())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Built anew: a copied or loaded tensor has no hooks.
@@ -94,10 +99,10 @@ class Guard:
 
     def __call__(self, module: Any, _: Any) -> None:
         """Before the forward pass."""
+        if self._is_inside:
+            return
         if torch.compiler.is_compiling():
             self.compiled()
-            return
-        if self._is_inside:
             return
 
         with torch._C._DisableFuncTorch():  # the weights are the user's own, whatever torch.func does
@@ -112,7 +117,10 @@ class Guard:
 
     @_while_compiling
     def compiled(self) -> None:
-        """Runs once, when a forward pass is compiled: its graph cannot zero weights unseen by autograd."""
+        """Runs once, when a forward pass is compiled that no guard precedes.
+
+        A graph cannot zero weights unseen by autograd, so that optimizers look whether it had to.
+        """
         for entry in self.entries.values():
             mask = carried(entry.parameter)
             if mask is not None:
