@@ -153,6 +153,21 @@ def test_a_state_that_is_loaded_later_revives_nothing(attached) -> None:
     assert alive(model, masks) == 0
 
 
+@pytest.mark.trap(62)
+def test_a_preconditioner_of_a_square_weight_is_no_momentum() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    masks = random_masks(model)
+    optimizer = Whitened(model.parameters())
+    momentum = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    backward(model)
+    optimizer.step()
+    momentum.step()
+    before = optimizer.state[model[0].weight]["rows"].clone()
+    attach(masks, model, [optimizer, momentum])
+    assert torch.equal(optimizer.state[model[0].weight]["rows"], before)
+    assert (momentum.state[model[0].weight]["momentum_buffer"][~masks["0.weight"]] == 0).all()
+
+
 def test_codes_of_a_quantised_state_are_left_alone() -> None:
     model = nn.Linear(4, 4)
     optimizer = SGD(model.parameters(), lr=0.1)

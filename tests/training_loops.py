@@ -38,9 +38,10 @@ class Tied(nn.Module):
         self.encode = nn.Linear(8, 8)
         self.decode = nn.Linear(8, 8, bias=False)
         self.decode.weight = self.encode.weight
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.decode(torch.tanh(self.encode(x)))[:, :3]
+        return self.head(self.decode(torch.tanh(self.encode(x))))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -83,13 +84,13 @@ class Loop:
             attach(Masks(self.masks), self.model, self.optimizers)
             return
         self.multiply()
-        named = {id(p): self.masks.get(n) for n, p in self.model.named_parameters()}
+        named = {id(p): self.masks[n] for n, p in self.model.named_parameters() if n in self.masks}
         for optimizer in self.optimizers:
             for each in (optimizer, getattr(optimizer, "optimizer", None), getattr(optimizer, "_base_optimizer", None)):
                 for p, state in getattr(each, "state", {}).items():
-                    for value in state.values():
-                        if isinstance(value, Tensor) and value.shape == p.shape and named.get(id(p)) is not None:
-                            value.mul_(named[id(p)])
+                    by_entry = [v for key, v in state.items() if key != "rows" and getattr(v, "shape", 0) == p.shape]
+                    for value in by_entry if id(p) in named else ():
+                        value.mul_(named[id(p)])
 
     @torch.no_grad()
     def multiply(self):

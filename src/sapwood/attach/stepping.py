@@ -18,6 +18,7 @@ from sapwood.attach.gradients import GradientMask, carried
 from sapwood.attach.pruned import PLAIN, is_sharded
 from sapwood.errors import MaskError
 
+Key = tuple[Any, ...]
 _clean_states: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """By optimizer, the `state` whose pruned entries were zeroed; loading a state dict makes a new one."""
 
@@ -65,16 +66,32 @@ def zero_state(optimizer: Any) -> None:
     """Zeroes momentum, moments and slow copies of pruned weights: all that is kept entry by entry."""
     states = getattr(optimizer, "state", None)
     _clean_states[optimizer] = states
+    by_entry = _kept_by_entry(states or {})
     for parameter, state in (states or {}).items():
         mask = carried(parameter) if isinstance(parameter, Tensor) else None
         if mask is None:
             continue
-        for value in _tensors(state):
-            # Quantised states hold codes, of which 0 need not mean zero.
+        for key, value in _tensors(state):
+            if key in by_entry and value.shape == parameter.shape:
+                mask.pruned.zero_(value.detach())
+
+
+def _kept_by_entry(states: Mapping[Any, Any]) -> set[Key]:
+    """The entries of an optimizer's state that hold a number for each weight.
+
+    They have the shape of their parameter, whatever it is. A preconditioner has that of a square matrix
+    only, so that square ones tell nothing; and codes of quantised states need not mean zero where they are 0.
+    """
+    told, other = set[Key](), set[Key]()
+    for parameter, state in states.items():
+        for key, value in _tensors(state):
             plain = type(value) in PLAIN or is_sharded(value)
             numeric = value.is_floating_point() or value.is_complex()
-            if plain and numeric and value.shape == parameter.shape:
-                mask.pruned.zero_(value.detach())
+            if not (plain and numeric and value.shape == parameter.shape):
+                other.add(key)
+            elif value.dim() > 1 and len(set(value.shape)) > 1:
+                told.add(key)
+    return told - other
 
 
 def is_optimizer(value: Any) -> bool:
@@ -128,9 +145,13 @@ def _members(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list | tuple) else (value,)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for member in _members(value):
-            yield from _tensors(member)
+def _tensors(state: Any, key: Key = ()) -> Iterator[tuple[Key, Tensor]]:
+    """Every tensor in nested containers, and where it is."""
+    if isinstance(state, Tensor):
+        yield key, state
+    elif isinstance(state, Mapping):
+        for name, value in state.items():
+            yield from _tensors(value, (*key, name))
+    elif isinstance(state, list | tuple):
+        for index, value in enumerate(state):
+            yield from _tensors(value, (*key, index))
