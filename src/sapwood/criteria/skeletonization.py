@@ -30,7 +30,7 @@ from torch import Tensor
 from sapwood.batches import Batch, Data, classes_last, target_of
 from sapwood.criteria.channels import pooled
 from sapwood.errors import DataError, unknown_name
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 ERRORS = ("linear", "loss")
@@ -58,7 +58,7 @@ class Skeletonization:
         total = {name: torch.zeros_like(weight) for name, weight in effective.items()}
         for batch, count in self._counted(net, data):
             leaves = net.leaves(masks)
-            for name, gradient in differentiate(self._error(net, leaves, batch) * count, leaves).items():
+            for name, gradient in net.differentiate(self._error(net, leaves, batch) * count, leaves).items():
                 total[name] -= effective[name] * gradient
         return pooled(net, net.summed(total), inputs=True)
 

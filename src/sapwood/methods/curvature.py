@@ -11,7 +11,7 @@ from torch import Tensor
 from sapwood.batches import Batch, Data
 from sapwood.criteria.derivatives import sample_gradients, twice_differentiable
 from sapwood.errors import ScoreError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 from sapwood.rows import single
 
@@ -33,21 +33,22 @@ def inverse_fisher(net: FunctionalModel, masks: Masks, data: Data, width: int, d
 
 def hessian(net: FunctionalModel, masks: Masks, data: Data) -> Tensor:
     """Of the mean loss with respect to the kept weights, float64; pruned weights have the rows and columns of I."""
-    with twice_differentiable(net):
-        return _hessian(net, masks, data.labelled())
+    batches = data.labelled()
+    with twice_differentiable(net, batches[0]):
+        return _hessian(net, masks, batches)
 
 
 def _hessian(net: FunctionalModel, masks: Masks, batches: Sequence[Batch]) -> Tensor:
     leaves = net.leaves(masks)
     counted = tuple(net.counted(batches))
     loss = torch.stack([net.loss(leaves, batch, train=False) * count for batch, count in counted]).sum()
-    slope = differentiate(loss / sum(count for _, count in counted), leaves, create_graph=True)
+    slope = net.differentiate(loss / sum(count for _, count in counted), leaves, create_graph=True)
     entries = torch.cat([part.flatten() for part in slope.values()])
     kept = torch.cat([masks[name].flatten() for name in leaves])
     matrix = torch.eye(len(entries), dtype=torch.float64, device=net.device)
     for index in kept.nonzero().flatten().tolist() if entries.requires_grad else ():
-        row = torch.autograd.grad(entries[index], list(leaves.values()), retain_graph=True, materialize_grads=True)
-        matrix[index] = torch.cat([part.flatten() for part in row]).double() * kept
+        row = net.differentiate_again(entries[index], leaves)
+        matrix[index] = torch.cat([part.flatten() for part in row.values()]).double() * kept
     return (matrix + matrix.mT) / 2
 
 
