@@ -21,8 +21,8 @@ from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.functional import Forward, FunctionalModel, Params
 from sapwood.isolation import device_of, isolated, unwrapped
 from sapwood.masks import Masks, clean_name
-from sapwood.rows import shortened
 from sapwood.witness import opened
+from sapwood.witness.rows import shortened
 
 CONSTANT = ("bias", "beta")  # they put values in that come from no input
 
