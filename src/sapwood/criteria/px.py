@@ -42,7 +42,7 @@ from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.criteria.synflow import flow_statistics
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import shortened, takes_rows
+from sapwood.witness.rows import shortened, takes_rows
 
 CONSTANT = ("bias", "beta")  # what comes from no input
 

@@ -27,7 +27,7 @@ from sapwood.batches import Data, filled
 from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import shortened
+from sapwood.witness.rows import shortened
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from sapwood.functional import Forward, FunctionalModel, Params
 from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks
 from sapwood.names import Names
-from sapwood.rows import shortened
 from sapwood.witness import opened
+from sapwood.witness.rows import shortened
 
 CONSTANT = ("bias", "beta")  # they put values in that come from no input
 

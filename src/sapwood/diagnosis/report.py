@@ -22,7 +22,7 @@ from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
 from sapwood.ntk.traces import hutchinson
 from sapwood.prunable import Weight, all_weights
-from sapwood.rows import shortened
+from sapwood.witness.rows import shortened
 
 SAMPLES, PROBES = 8, 8
 ALL_PATHS = 1 - 1e-9
