@@ -16,11 +16,12 @@ from sapwood.errors import SapwoodError
 from sapwood.fresh import normal
 from sapwood.functional import Forward, FunctionalModel
 from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name, text_table
+from sapwood.masks import Masks, clean_name
 from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
 from sapwood.ntk.traces import hutchinson
 from sapwood.prunable import Weight, all_weights
+from sapwood.text import text_table
 
 SAMPLES, PROBES = 8, 8
 ALL_PATHS = 1 - 1e-9

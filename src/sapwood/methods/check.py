@@ -17,8 +17,9 @@ from sapwood.errors import ConfigError
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name, text_table
+from sapwood.masks import Masks, clean_name
 from sapwood.prunable import Pattern
+from sapwood.text import text_table
 
 LIMIT = 0.25
 """Standard deviation of log(closed form / Monte Carlo) between layers up to which the allocation stands."""
