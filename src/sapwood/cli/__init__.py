@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 
+from sapwood.checks import check
 from sapwood.cli.compare import Compare
 from sapwood.cli.ntk import Ntk
 from sapwood.cli.prune import Prune
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: terminal.complain("warning", message)
         try:
             command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
+            check(command, flags=True)
             return int(command(shlex.join(["sapwood", *argv])))
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

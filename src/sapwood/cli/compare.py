@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sapwood.checks import Processes
 from sapwood.cli.flags import OptionalFolder, Training
 from sapwood.experiments import terminal
 from sapwood.experiments.compare import compare
@@ -40,7 +41,7 @@ class Compare:
     training: Training = field(default_factory=lambda: Training(**dataclasses.asdict(digits().train)))
     place: Place = field(default_factory=Place)
     out: OptionalFolder = None
-    workers: int | None = None
+    workers: Processes | None = None
     ntk: float | None = None
 
     def __call__(self, typed: str) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from sapwood.allocation import target_density
-from sapwood.cli.flags import Model, OptionalFolder
-from sapwood.errors import ConfigError
+from sapwood.checks import Count, Seed
+from sapwood.cli.flags import DataSet, Model, OptionalFolder
 from sapwood.experiments import kernel_run, terminal
 from sapwood.experiments.config import Place
 from sapwood.experiments.kernels import KernelConfig
@@ -40,18 +40,16 @@ class Ntk:
     masks: tuple[Path, ...] = ()
     method: tuple[str, ...] = ()
     sparsity: float = 0.7379
-    data: str = "digits"
+    data: DataSet = "digits"
     kernel: KernelConfig = field(default_factory=KernelConfig)
-    seed: int = 0
+    seed: Seed = 0
     dynamics: bool = False
-    steps: int = 100
+    steps: Count = 100
     place: Place = field(default_factory=Place)
     out: OptionalFolder = None
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""
-        if self.steps < 1:
-            raise ConfigError(f"--steps is {self.steps}; a training has at least one.")
         out = self.out or Path("ntk") / f"{self.model.replace(':', '-').replace('/', '-')}-{self.data}"
         methods = self.method or (() if self.masks else kernel_run.PAPER)
         networks = kernel_run.read_masks(self.masks)

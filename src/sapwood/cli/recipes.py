@@ -7,8 +7,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from sapwood.checks import Known
 from sapwood.experiments import terminal
-from sapwood.experiments.environment import device_of
+from sapwood.experiments.environment import device_of, is_device_name
 from sapwood.experiments.recipes import RECIPES, load
 from sapwood.experiments.recipes.estimate import estimate
 from sapwood.experiments.recipes.tables import cost_table, recipe_table
@@ -26,7 +27,7 @@ class Recipes:
 
     recipe: Positional[Annotated[str | None, arg(metavar="RECIPE")]] = None
     probe: bool = True
-    device: str = "auto"
+    device: Annotated[str, Known(is_device_name)] = "auto"
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""

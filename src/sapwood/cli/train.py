@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from sapwood.cli.flags import File, Folder, Model, Together, Training
+from sapwood.checks import Resolution, Seed
+from sapwood.cli.flags import DataSet, File, Folder, Model, Together, Training
 from sapwood.errors import SapwoodError
 from sapwood.experiments import terminal
 from sapwood.experiments.config import Place, RunConfig, seeded, under
@@ -43,10 +44,10 @@ class Train:
 
     model: Positional[Model]
     out: Folder
-    data: str = "digits"
+    data: DataSet = "digits"
     masks: File | None = None
-    seed: int = 0
-    resolution: int | None = None
+    seed: Seed = 0
+    resolution: Resolution | None = None
     training: Training = field(default_factory=Training)
     place: Place = field(default_factory=Place)
     together: Together = field(default_factory=Together)

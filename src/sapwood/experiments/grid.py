@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from typing import Annotated
 
+from sapwood import data, models
 from sapwood.allocation import target_density
+from sapwood.checks import Count, Known, Natural, OneOf, Resolution, Seed, check
 from sapwood.errors import ConfigError
 from sapwood.experiments import levels
 from sapwood.experiments.config import DENSE, RunConfig, seeded
@@ -33,22 +36,23 @@ class Grid:
         min_per_layer: Weights that every layer keeps at least.
     """
 
-    data: str = "digits"
-    model: str = "resnet8"
+    data: Annotated[str, OneOf("data set", tuple(data.names()))] = "digits"
+    model: Annotated[str, Known(models.check_name)] = "resnet8"
     methods: tuple[str, ...] = ("ntk-sap", "synflow", "snip", "grasp", "magnitude", "random")
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.98)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    resolution: int | None = None
-    per_class: int = 10
-    min_per_layer: int = 0
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    resolution: Resolution | None = None
+    per_class: Count = 10
+    min_per_layer: Natural = 0
 
     def runs(self, train: TrainConfig) -> list[RunConfig]:
         """All runs, the dense ones first.
 
         Raises:
             BudgetError: a sparsity is not in [0, 1).
-            ConfigError: an unknown method or field, or one of the lists is empty or repeats itself.
+            ConfigError: an unknown name, a value out of range, or one of the lists is empty or repeats itself.
         """
+        check(self)
         self._check_lists()
         variants = [parse_variant(method) for method in self.methods]
         dense = RunConfig(self.data, self.model, resolution=self.resolution)

@@ -11,6 +11,7 @@ from torch import nn
 
 from sapwood import data, models
 from sapwood.batches import Batch
+from sapwood.checks import Count
 from sapwood.errors import ConfigError
 from sapwood.experiments import cost
 from sapwood.experiments.config import Place
@@ -32,9 +33,9 @@ class Shape:
             has, else the model's usual shape.
     """
 
-    num_classes: int | None = None
-    in_channels: int | None = None
-    input_shape: tuple[int, ...] | None = None
+    num_classes: Count | None = None
+    in_channels: Count | None = None
+    input_shape: tuple[Count, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from sapwood.checks import Count, Resolution, check_value
 from sapwood.errors import ConfigError, unknown_name
-from sapwood.models.external import accepts, factory_model, timm_input_shape, timm_model, torchvision_model
+from sapwood.imports import called
+from sapwood.models.external import (
+    accepts,
+    check_torchvision,
+    factory_model,
+    importable,
+    timm_input_shape,
+    timm_model,
+    torchvision_model,
+)
 from sapwood.models.mlp import Mlp
 from sapwood.models.resnet import BasicBlock, Bottleneck, ResNet
 from sapwood.models.vgg import Vgg
@@ -76,6 +86,8 @@ def create(
         ConfigError: For an unknown name or setting, or a library that is not there.
     """
     settings = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, **kwargs}
+    for setting, legal in (("num_classes", Count), ("in_channels", Count), ("image_size", Resolution | None)):
+        check_value(setting, settings[setting], legal)
     prefix, colon, rest = name.partition(":")
     if not colon:
         return _own(name, settings)
@@ -84,6 +96,23 @@ def create(
     if prefix == "timm":
         return timm_model(rest, settings)
     return factory_model(name, settings)
+
+
+def check_name(name: str) -> None:
+    """Refuses the name of a model that is not there; builds none.
+
+    Raises:
+        ConfigError: For an unknown name, or a library or a module of the user's that cannot be imported.
+    """
+    prefix, colon, rest = name.partition(":")
+    if not colon:
+        _entry(name)
+    elif prefix == "torchvision":
+        check_torchvision(rest)
+    elif prefix == "timm":
+        timm_input_shape(rest)
+    else:
+        importable(name)
 
 
 def input_shape(name: str) -> tuple[int, ...]:
@@ -110,12 +139,12 @@ def _own(name: str, settings: dict[str, Any]) -> nn.Module:
     for setting in settings:
         if setting not in legal:
             raise unknown_name(f"setting of model {name!r}:", setting, legal)
-    return builder(**settings)
+    return called(builder, name, "model", **settings)
 
 
 def _entry(name: str) -> tuple[Builder, tuple[int, ...]]:
     if name in MODELS:
         return MODELS[name]
-    if wide := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+    if wide := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4})", name):
         return partial(WideResNet, depth=int(wide[1]), width=int(wide[2])), _CIFAR
     raise unknown_name("model", name, [*MODELS, *PATTERNS])
