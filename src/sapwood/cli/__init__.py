@@ -6,8 +6,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("always", SapwoodWarning)
-        warnings.showwarning = lambda message, *_, **__: terminal.complain("warning", message)
+        warnings.showwarning = _shower(warnings.showwarning)
         try:
             command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
             check(command, flags=True)
@@ -64,3 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             terminal.complain("error", "interrupted; the same command goes on from here.")
             return INTERRUPTED
+
+
+def _shower(usual: Callable[..., None]) -> Callable[..., None]:
+    """Shows our own warnings in a line of ours, and those of other libraries as Python does, in their names."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, SapwoodWarning):
+            terminal.complain("warning", message)
+        else:
+            usual(message, category, *where, **more)
+
+    return show

@@ -14,6 +14,7 @@ from sapwood.checks import Count, Known, Natural, OneOf, Range, Resolution, Seed
 from sapwood.experiments.environment import is_device_name
 from sapwood.masks import Masks
 from sapwood.methods import AFTER_TRAINING
+from sapwood.text import visible
 from sapwood.training import TrainConfig
 
 DENSE = "dense"
@@ -147,7 +148,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         short = f"{value:g}"
         return (short if float(short) == value else str(value)).replace("e-0", "e-")
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else visible(value)
 
 
 def seeded(train: TrainConfig, seed: int) -> TrainConfig:

@@ -23,6 +23,7 @@ from sapwood.experiments.stages import pruned
 from sapwood.experiments.summary import finished, sparsity
 from sapwood.masks import Masks
 from sapwood.methods import METHODS
+from sapwood.text import visible
 
 PAPER = ("ntk-sap", "snip", "iter-snip", "synflow", "magnitude", "grasp")
 ALL = "all"
@@ -59,7 +60,7 @@ def read_masks(files: Sequence[Path]) -> dict[str, Masks]:
     """Masks from files, by the files' names."""
     found: dict[str, Masks] = {}
     for file in files:
-        label = file.stem
+        label = visible(file.stem)
         while label in found:
             label = f"{file.parent.name}/{label}" if "/" not in label else f"{label}+"
         found[label] = Masks.load(file)
