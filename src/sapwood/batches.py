@@ -209,4 +209,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         return tuple(_to(part, device) for part in batch)
     if isinstance(batch, Mapping):
         return {key: _to(value, device) for key, value in batch.items()}
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+    if not isinstance(batch, Tensor):
+        return batch
+    moved = batch.to(device)
+    return moved.clone() if moved.is_inference() else moved  # autograd records nothing made in inference mode

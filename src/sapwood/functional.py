@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_tensor, size, target_of
 from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
-from sapwood.isolation import skeleton, unwrapped
+from sapwood.isolation import recordable, skeleton, unwrapped
 from sapwood.masks import Masks
 from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
 from sapwood.statistics import BatchStatistics
@@ -101,7 +101,7 @@ class FunctionalModel:
         return cls(
             module=_Runner(copy, forward),
             params=params,
-            buffers={name: buffer.detach() for name, buffer in model.named_buffers()},
+            buffers={name: recordable(buffer) for name, buffer in model.named_buffers()},
             prunable=prunable,
             fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
             layout={w.name: w.layout for w in weights if w.name in prunable},
@@ -266,7 +266,7 @@ class _Runner(nn.Module):
 
 
 def _readable(weight: Weight) -> Tensor:
-    tensor = weight.tensor.detach()
+    tensor = recordable(weight.tensor)
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise ScoreError(f"The parameter {weight.name!r} holds NaN or infinite values; nothing can be scored with it.")
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -21,7 +21,8 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds every global generator inside and puts them back outside, also after an error.
 
     Inside, gradients are on, inference mode and autocast are off (scores are computed in float32 or better whatever
-    surrounds the call), and attention takes its ordinary path, which autograd can differentiate twice.
+    surrounds the call), tensors that are made without a device have values, and attention takes its ordinary path, which
+    autograd can differentiate twice.
     """
     python, numpy = random.getstate(), np.random.get_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -30,6 +31,8 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if torch.empty(0).is_meta:  # made without a device, within `torch.device("meta")`: it would hold no values
+            stack.enter_context(device)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it would take a second
             # No recompilation for every new set of weights.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -52,6 +55,12 @@ def _seed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, detached; a copy of one that was made in inference mode, which autograd would refuse to record."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -120,7 +120,8 @@ def read(path: Path) -> Content:
         MaskFileError: the file is missing, damaged, no mask file, or of another format version.
     """
     try:
-        return _decoded(*_split(path))
+        with torch.inference_mode(False):  # autograd could not record masks made in that mode
+            return _decoded(*_split(path))
     except Damaged as error:
         raise MaskFileError(f"{str(path)!r} is not a readable mask file: {error}.") from error
     except FileNotFoundError as error:
