@@ -64,7 +64,8 @@ def test_numbers_without_a_range_are_refused(tmp_path: Path) -> None:
 @pytest.mark.trap(97)
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_every_mode_is_read_as_torchvision_reads_it(tmp_path: Path, mode: str) -> None:
-    image = Image.fromarray(RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8), "RGBA").convert(mode if mode != "P" else "RGB")
+    image = Image.fromarray(RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8), "RGBA")
+    image = image.convert("RGB" if mode == "P" else mode)
     if mode == "P":
         image = image.quantize(16)
         image.info["transparency"] = bytes(range(16))

@@ -1,12 +1,12 @@
 """Legal values of settings, said in the annotations of a dataclass's fields and checked in one place.
 
-    @dataclass(frozen=True)
-    class Settings:
-        epochs: Annotated[int, Range(1)]
-        momentum: Annotated[float, Range(0, 1, open_high=True)] = 0.9
+@dataclass(frozen=True)
+class Settings:
+epochs: Annotated[int, Range(1)]
+momentum: Annotated[float, Range(0, 1, open_high=True)] = 0.9
 
-        def __post_init__(self) -> None:
-            check(self)
+def __post_init__(self) -> None:
+check(self)
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import sys
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from sapwood.errors import ConfigError, unknown_name
 
@@ -114,7 +114,8 @@ def check(settings: Any, *, flags: bool = False) -> None:
 
 def check_fields(settings: Any, values: Mapping[str, Any], flags: bool = False) -> None:
     """Checks values that fields of a dataclass have or are to have: see `check`."""
-    hints = _hints(type(settings))
+    kind: Any = type(settings)
+    hints = _hints(kind)
     for field in dataclasses.fields(settings):
         value = values.get(field.name, field.default)
         if value is not field.default:
@@ -171,13 +172,13 @@ _WORDS: dict[Any, str] = {collections.abc.Callable: "a function", collections.ab
 def _class_of(hint: Any) -> Any:
     """The class whose instances an annotation asks for, where that can be told: not of a protocol or a variable."""
     kind = typing.get_origin(hint) or hint
-    if kind is collections.abc.Callable or isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
+    if kind is collections.abc.Callable or (isinstance(kind, type) and not getattr(kind, "_is_protocol", False)):
         return None if kind in (object, Any) else kind
     return None
 
 
 def _check_simple(name: str, value: Any, kind: type, infinite: bool) -> None:
-    legal = {float: (float, int), Path: (Path, str)}.get(kind, (kind,))
+    legal: tuple[type, ...] = {float: (float, int), Path: (Path, str)}.get(kind, (kind,))
     if isinstance(value, bool) and kind is not bool:
         legal = ()
     _check_type(name, value, legal, f"a value of type {kind.__name__}")
@@ -205,6 +206,6 @@ def _short(value: Any) -> str:
 def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a dataclass or a function; none where one of somebody else's cannot be read."""
     try:
-        return cast(dict[str, Any], typing.get_type_hints(kind, include_extras=True))
+        return typing.get_type_hints(kind, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}

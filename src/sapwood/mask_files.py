@@ -195,27 +195,28 @@ def _loaded(text: str | bytes, what: str) -> dict[str, Any]:
 
 def _places(entries: Mapping[str, Any], size: int) -> dict[str, slice]:
     """Where the bits of every mask are in the `size` bytes after the header, which they must fill, end to end."""
+    ends = {name: _ends(name, entry) for name, entry in entries.items() if name != METADATA}
     places, position = {}, 0
-    masks = {name: entry for name, entry in entries.items() if name != METADATA}
-    for name, entry in sorted(masks.items(), key=_begin):
-        if not isinstance(entry, dict) or entry.get("dtype") != "U8":
-            raise Damaged(f"it is damaged, as the entry {name!r} is no mask")
-        place = entry.get("data_offsets")
-        if not _sizes(place) or len(place) != 2 or not position == place[0] <= place[1]:
+    for name, (begin, end) in sorted(ends.items(), key=lambda item: item[1]):
+        if begin != position:
             raise Damaged(f"it is damaged, as the mask {name!r} does not lie where the one before it ends")
-        if entry.get("shape") != [place[1] - place[0]]:
-            raise Damaged(f"it is damaged, as the mask {name!r} has another length than it says")
-        position = place[1]
-        places[name] = slice(*place)
+        position = end
+        places[name] = slice(begin, end)
     if position != size:
         raise Damaged("it is truncated, or has something after its masks")
     return places
 
 
-def _begin(entry: tuple[str, Any]) -> tuple[int, int]:
-    """Where an entry says that its bytes lie; nonsense comes first, and is refused by `_placed`."""
-    place = entry[1].get("data_offsets") if isinstance(entry[1], dict) else None
-    return (place[0], place[1]) if _sizes(place) and len(place) == 2 else (-1, -1)
+def _ends(name: str, entry: Any) -> tuple[int, int]:
+    """Where a mask begins and ends, as the header says."""
+    if not isinstance(entry, dict) or entry.get("dtype") != "U8":
+        raise Damaged(f"it is damaged, as the entry {name!r} is no mask")
+    place = entry.get("data_offsets")
+    if not isinstance(place, list) or not _sizes(place) or len(place) != 2 or place[0] > place[1]:
+        raise Damaged(f"it is damaged, as the mask {name!r} lies at {str(place)[:80]}")
+    if entry.get("shape") != [place[1] - place[0]]:
+        raise Damaged(f"it is damaged, as the mask {name!r} has another length than it says")
+    return place[0], place[1]
 
 
 def _sizes(value: Any) -> bool:

@@ -76,7 +76,7 @@ class Masks(Mapping[str, Tensor]):
 
     def __post_init__(self) -> None:
         for name, mask in self.tensors.items():
-            came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__  # type: ignore[redundant-expr]
+            came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             if came != torch.bool:
                 raise MaskError(f"The mask of {name!r} is of {came}; masks are tensors of dtype bool (mask != 0).")
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))

@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", SapwoodWarning)
         warnings.showwarning = _shower(warnings.showwarning)
         try:
-            command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
-            check(command, flags=True)
-            return int(command(shlex.join(["sapwood", *argv])))
+            return parsed(argv)(shlex.join(["sapwood", *argv]))
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -64,6 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             terminal.complain("error", "interrupted; the same command goes on from here.")
             return INTERRUPTED
+
+
+def parsed(argv: Sequence[str]) -> Callable[[str], int]:
+    """The command that arguments say, every name, number and path in it checked; nothing is run or written yet.
+
+    Raises:
+        ConfigError: a value is illegal.
+        SystemExit: help was asked for, or there is no such command or flag: tyro has said so.
+    """
+    command: Callable[[str], int] = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
+    check(command, flags=True)
+    return command
 
 
 def _shower(usual: Callable[..., None]) -> Callable[..., None]:

@@ -14,12 +14,12 @@ from tyro.conf import Suppress, arg
 from sapwood import data, models
 from sapwood.checks import Known, OneOf, Range, Rule
 from sapwood.errors import ConfigError
+from sapwood.experiments import trackers
 from sapwood.training import TrainConfig, fabric_for
 from sapwood.training.devices import STRATEGIES
 
 if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
-
 
 
 class WritableFolder(Rule):
@@ -48,6 +48,7 @@ Model = Annotated[str, arg(metavar="MODEL"), Known(models.check_name)]
 DataSet = Annotated[str, OneOf("data set", tuple(data.names()))]
 File = Annotated[Path, arg(metavar="FILE")]
 NewFile = Annotated[Path | None, arg(metavar="FILE"), WritableFile()]  # tyro looks at the outermost annotation
+Tracker = Annotated[str, Known(trackers.find)]
 Folder = Annotated[Path, arg(metavar="DIR"), WritableFolder()]
 OptionalFolder = Annotated[Path | None, arg(metavar="DIR"), WritableFolder()]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from sapwood.allocation import target_density
-from sapwood.checks import Count, Seed
+from sapwood.checks import Count, Known, Seed
 from sapwood.cli.flags import DataSet, Model, OptionalFolder
 from sapwood.experiments import kernel_run, terminal
 from sapwood.experiments.config import Place
@@ -38,7 +39,7 @@ class Ntk:
 
     model: Positional[Model]
     masks: tuple[Path, ...] = ()
-    method: tuple[str, ...] = ()
+    method: tuple[Annotated[str, Known(kernel_run.variants)], ...] = ()
     sparsity: float = 0.7379
     data: DataSet = "digits"
     kernel: KernelConfig = field(default_factory=KernelConfig)

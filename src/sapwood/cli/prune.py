@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from sapwood.allocation import target_density
-from sapwood.checks import Count, Natural, Seed
+from sapwood.checks import Count, Known, Natural, Seed
 from sapwood.cli.flags import DataSet, File, Model, NewFile
 from sapwood.errors import ConfigError
 from sapwood.experiments import terminal
@@ -49,7 +50,7 @@ class Prune:
 
     model: Positional[Model]
     out: NewFile = None
-    method: str = "ntk-sap"
+    method: Annotated[str, Known(find)] = "ntk-sap"
     density: float | None = None
     sparsity: float | None = None
     compression: float | None = None

@@ -25,7 +25,7 @@ class Recipes:
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
     """
 
-    recipe: Positional[Annotated[str | None, arg(metavar="RECIPE")]] = None
+    recipe: Positional[Annotated[str | None, arg(metavar="RECIPE"), Known(load)]] = None
     probe: bool = True
     device: Annotated[str, Known(is_device_name)] = "auto"
 

@@ -147,7 +147,9 @@ def _cifar_batch(file: Path, md5: str, label_key: str) -> tuple[Tensor, Tensor]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error}): delete {file.parent} to have it downloaded again.") from error
+        raise DataError(
+            f"{file} cannot be read ({error}): delete {file.parent} to have it downloaded again."
+        ) from error
     if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
         raise DataError(
             f"{file} is not the published file: its md5 is {found} and not {md5}, so it was not read. "

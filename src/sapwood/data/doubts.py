@@ -32,7 +32,9 @@ def tell(train: Images, test: Images, classes: Sequence[str], where: Path) -> No
     missing = [name for label, name in enumerate(classes) if label not in there]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        _warn(f"{where} has no images of {', '.join(map(repr, missing[:SHOWN]))}{more}: the accuracy says nothing of them.")
+        _warn(
+            f"{where} has no images of {', '.join(map(repr, missing[:SHOWN]))}{more}: the accuracy says nothing of them."
+        )
 
     if seen := _seen(train.images, test.images):
         _warn(f"{seen} of the {len(test)} test images in {where} are training images too: the accuracy is too high.")

@@ -76,7 +76,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((levels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit numbers of no known range, mode {image.mode!r}: save it with 8 or 16 bits")
+        raise ValueError(
+            f"its pixels are 32-bit numbers of no known range, mode {image.mode!r}: save it with 8 or 16 bits"
+        )
     elif "transparency" in image.info:  # RGBA on the way, because Pillow warns otherwise; the colours are the same
         image = image.convert("RGBA")
     return image.convert("RGB")

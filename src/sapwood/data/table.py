@@ -66,8 +66,8 @@ def load(
     dataset = SETS[name](Source(data_root(root), offline, resolution, memory_limit))
     if resolution is None or dataset.input_shape[1:] == (resolution, resolution):
         return dataset
-    parts = (_resized(part, resolution, memory_limit) for part in (dataset.train, dataset.test))
-    return replace(dataset, **dict(zip(("train", "test"), parts, strict=True)))
+    train, test = (_resized(part, resolution, memory_limit) for part in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test)
 
 
 def _resized(images: Images, resolution: int, memory_limit: int) -> Images:

@@ -17,6 +17,12 @@ from sapwood.experiments.fields import parse_variant
 from sapwood.training import TrainConfig
 
 
+def _method(text: str) -> None:
+    """Refuses what is no method; the dense model is refused later, in better words."""
+    if text != DENSE:
+        parse_variant(text)
+
+
 @dataclass(frozen=True)
 class Grid:
     """A comparison: every method at every sparsity with every seed, and the dense model with every seed.
@@ -38,7 +44,7 @@ class Grid:
 
     data: Annotated[str, OneOf("data set", tuple(data.names()))] = "digits"
     model: Annotated[str, Known(models.check_name)] = "resnet8"
-    methods: tuple[str, ...] = ("ntk-sap", "synflow", "snip", "grasp", "magnitude", "random")
+    methods: tuple[Annotated[str, Known(_method)], ...] = ("ntk-sap", "synflow", "snip", "grasp", "magnitude", "random")
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.98)
     seeds: tuple[Seed, ...] = (0, 1, 2)
     resolution: Resolution | None = None
@@ -52,8 +58,8 @@ class Grid:
             BudgetError: a sparsity is not in [0, 1).
             ConfigError: an unknown name, a value out of range, or one of the lists is empty or repeats itself.
         """
-        check(self)
         self._check_lists()
+        check(self)
         variants = [parse_variant(method) for method in self.methods]
         dense = RunConfig(self.data, self.model, resolution=self.resolution)
         plain = [dataclasses.replace(dense, seed=seed, train=seeded(train, seed)) for seed in self.seeds]

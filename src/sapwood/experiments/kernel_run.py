@@ -16,7 +16,7 @@ from sapwood.experiments import kernels, store, terminal
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
-from sapwood.experiments.fields import parse_variant
+from sapwood.experiments.fields import Variant, parse_variant
 from sapwood.experiments.kernels import KernelConfig, Spectra
 from sapwood.experiments.material import create_model, load_data
 from sapwood.experiments.stages import pruned
@@ -31,6 +31,15 @@ TRAINED_IMAGES = 50  # of a training that is compared with its prediction: its k
 Dynamics = Mapping[str, ntk.Dynamics]
 
 
+def variants(name: str) -> list[Variant]:
+    """The method of a name, or every one for "all".
+
+    Raises:
+        ConfigError: there is no such method, or no such field of it.
+    """
+    return [parse_variant(method) for method in (METHODS if name == ALL else [name])]
+
+
 def find_masks(
     model: str, data: str, methods: Sequence[str], density: float, seed: int, out: Path, place: Place
 ) -> dict[str, Masks]:
@@ -40,11 +49,11 @@ def find_masks(
         SapwoodError: what the methods refuse.
     """
     dataset, device = load_data(data, None, place), device_of(place.device)
-    variants = [parse_variant(m) for name in methods for m in (METHODS if name == ALL else [name])]
+    chosen = [variant for name in methods for variant in variants(name)]
     found = {}
     with terminal.progress("name") as bar:
-        task = bar.add_task("masks", total=len(variants), name="")
-        for variant in variants:
+        task = bar.add_task("masks", total=len(chosen), name="")
+        for variant in chosen:
             config = RunConfig(
                 data, model, variant.method, density, fields=variant.fields, control=variant.control, seed=seed
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sapwood.checks import check_fields
 from sapwood.criteria import (
     PX,
     Grasp,
@@ -21,7 +22,6 @@ from sapwood.criteria import (
     SynFlowL2,
     Taylor,
 )
-from sapwood.checks import check_fields
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.imports import called, imported, takes
 from sapwood.methods.ntt import Ntt

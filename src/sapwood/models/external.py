@@ -26,7 +26,9 @@ def torchvision_model(name: str, settings: dict[str, Any]) -> nn.Module:
             f"torchvision:{name} takes images of 3 channels, but the data has in_channels={channels}: "
             "use a timm model, one of Sapwood's own, or data converted to RGB."
         )
-    model: nn.Module = called(library.models.get_model, f"torchvision:{name}", "model", name=name, weights=None, **settings)
+    model: nn.Module = called(
+        library.models.get_model, f"torchvision:{name}", "model", name=name, weights=None, **settings
+    )
     return model
 
 

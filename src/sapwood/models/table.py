@@ -139,7 +139,8 @@ def _own(name: str, settings: dict[str, Any]) -> nn.Module:
     for setting in settings:
         if setting not in legal:
             raise unknown_name(f"setting of model {name!r}:", setting, legal)
-    return called(builder, name, "model", **settings)
+    model: nn.Module = called(builder, name, "model", **settings)
+    return model
 
 
 def _entry(name: str) -> tuple[Builder, tuple[int, ...]]:
