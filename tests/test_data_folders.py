@@ -1,4 +1,4 @@
-"""Image folders as people have them: handled as torchvision's ImageFolder does, or said; and nothing foreign escapes."""
+"""Image folders as people have them: handled as torchvision's ImageFolder does, or said."""
 
 import os
 import warnings

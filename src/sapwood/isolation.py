@@ -21,8 +21,8 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds every global generator inside and puts them back outside, also after an error.
 
     Inside, gradients are on, inference mode and autocast are off (scores are computed in float32 or better whatever
-    surrounds the call), tensors that are made without a device have values, and attention takes its ordinary path, which
-    autograd can differentiate twice.
+    surrounds the call), tensors that are made without a device have values, and attention takes its ordinary path,
+    which autograd can differentiate twice.
     """
     python, numpy = random.getstate(), np.random.get_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()

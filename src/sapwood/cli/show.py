@@ -43,9 +43,7 @@ class Show:
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""
         if self.model is None and (self.data, self.shape) != (None, Shape()):
-            raise ConfigError(
-                "--data and the shape are of a model: add --model NAME, or leave them out."
-            )
+            raise ConfigError("--data and the shape are of a model: add --model NAME, or leave them out.")
         masks = Masks.load(self.file)
         if self.csv:
             terminal.print_csv(masks)

@@ -31,13 +31,13 @@ def tell(train: Images, test: Images, classes: Sequence[str], where: Path) -> No
     there = set(test.labels.tolist())
     missing = [name for label, name in enumerate(classes) if label not in there]
     if missing:
+        names = ", ".join(map(repr, missing[:SHOWN]))
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        _warn(
-            f"{where} has no images of {', '.join(map(repr, missing[:SHOWN]))}{more}: the accuracy says nothing of them."
-        )
+        _warn(f"{where} has no images of {names}{more}: the accuracy says nothing of them.")
 
     if seen := _seen(train.images, test.images):
-        _warn(f"{seen} of the {len(test)} test images in {where} are training images too: the accuracy is too high.")
+        count = f"{seen} of the {len(test)} test images in {where}"
+        _warn(f"{count} are training images too: the accuracy is too high.")
 
 
 def _seen(train: Tensor | ImageFiles, test: Tensor | ImageFiles) -> int:

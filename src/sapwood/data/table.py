@@ -75,8 +75,8 @@ def _resized(images: Images, resolution: int, memory_limit: int) -> Images:
     needed = len(images) * images.images.shape[1] * resolution**2
     if needed > memory_limit:
         raise DataError(
-            f"{len(images)} images at {resolution} pixels need {needed / 2**30:.1f} GiB of memory, more than the limit of "
-            f"{memory_limit / 2**30:.1f} GiB: give a lower resolution, or raise memory_limit."
+            f"{len(images)} images at {resolution} pixels need {needed / 2**30:.1f} GiB of memory, more than the limit "
+            f"of {memory_limit / 2**30:.1f} GiB: give a lower resolution, or raise memory_limit."
         )
     size = (resolution, resolution)
     parts = [F.interpolate(part.float(), size, mode="area").round().byte() for part in torch.split(images.images, 1000)]
