@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import os
 import sys
 import types
 import typing
@@ -186,8 +187,16 @@ def _check_simple(name: str, value: Any, kind: type, infinite: bool) -> None:
         raise ConfigError(f"{name} must be a finite number, got {_short(value)}.")
     if kind is int and abs(value) > LARGEST:
         raise ConfigError(f"{name} must be at most {LARGEST:,}, got {_short(value)}.")
-    if kind in (str, Path) and "\0" in str(value):
-        raise ConfigError(f"{name} holds a NUL character, which no name has: {str(value)!r} came.")
+    if kind in (str, Path) and not _is_text(str(value)):
+        raise ConfigError(f"{name} holds characters that no name has: {_short(str(value))} came.")
+
+
+def _is_text(text: str) -> bool:
+    """Whether the operating system could take it: no NUL, and nothing that cannot be encoded."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_type(name: str, value: Any, legal: tuple[type, ...], expected: str) -> None:

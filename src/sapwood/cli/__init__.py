@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a run of a comparison failed; 2 for what the user can put right; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a pipe may know fewer characters than we print
     with warnings.catch_warnings():
         warnings.simplefilter("always", SapwoodWarning)
         warnings.showwarning = _shower(warnings.showwarning)
@@ -58,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except (SapwoodError, OSError) as error:
             terminal.complain("error", error)
+            return USAGE
+        except (MemoryError, RuntimeError) as error:
+            if not _is_of_memory(error):
+                raise
+            terminal.complain("error", f"the memory is not enough ({error}): choose smaller sizes or batches.")
             return USAGE
         except KeyboardInterrupt:
             terminal.complain("error", "interrupted; the same command goes on from here.")
@@ -74,6 +83,11 @@ def parsed(argv: Sequence[str]) -> Callable[[str], int]:
     command: Callable[[str], int] = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
     check(command, flags=True)
     return command
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """torch has an exception of its own for a GPU only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _shower(usual: Callable[..., None]) -> Callable[..., None]:

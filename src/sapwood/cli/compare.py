@@ -9,9 +9,10 @@ from pathlib import Path
 
 from sapwood.checks import Processes
 from sapwood.cli.flags import OptionalFolder, Training
+from sapwood.errors import ConfigError
 from sapwood.experiments import terminal
 from sapwood.experiments.compare import compare
-from sapwood.experiments.config import Place, RunConfig
+from sapwood.experiments.config import DENSE, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
 from sapwood.experiments.grid import Grid
 from sapwood.experiments.kernels import KernelConfig
@@ -62,6 +63,7 @@ def compare_and_report(  # the runs, where, how, and what is told of them
     ntk: float | None = None,
 ) -> int:
     """Does the runs and shows how far they are, then shows the table and writes the report; returns the exit code."""
+    _check_sparsity(ntk, configs)
     with SweepProgress(configs, out, f"{configs[0].model} on {configs[0].data}, runs") as progress:
         outcomes = compare(configs, out, place, engine=engine, tracker=tracker, on_run=progress.take)
     failed = [outcome for outcome in outcomes if outcome.result is None]
@@ -77,3 +79,10 @@ def compare_and_report(  # the runs, where, how, and what is told of them
             kernel_run.of_comparison(outcomes, out, ntk, KernelConfig(), place)
         print(write_report(outcomes, out, typed, expected=expected))
     return FAILED if failed else 0
+
+
+def _check_sparsity(ntk: float | None, configs: Sequence[RunConfig]) -> None:
+    there = sorted({round(1 - config.density, 12) for config in configs if config.method != DENSE})
+    if ntk is not None and not any(abs(ntk - sparsity) < 1e-9 for sparsity in there):
+        known = ", ".join(f"{sparsity:g}" for sparsity in there)
+        raise ConfigError(f"--ntk {ntk:g} is none of the comparison's sparsities: {known}.")

@@ -22,11 +22,16 @@ if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
 
 
+LONGEST = 255  # bytes of a file's name
+
+
 class WritableFolder(Rule):
     """A folder that is there or can be made."""
 
     def check(self, name: str, value: Path) -> None:
         """Refuses what is no folder, or may not be written to; makes nothing."""
+        if long := [part for part in value.parts if len(os.fsencode(part)) > LONGEST]:
+            raise ConfigError(f"{name} has a part of {len(os.fsencode(long[0]))} bytes, where names end at {LONGEST}.")
         there = next(place for place in (value, *value.absolute().parents) if os.path.lexists(place))
         if not there.is_dir():
             raise ConfigError(f"{there} is a file; a folder is expected in its place for {name}: choose another one.")
