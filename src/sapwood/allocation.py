@@ -15,7 +15,7 @@ from typing import Annotated, Protocol
 import torch
 from torch import Tensor
 
-from sapwood.checks import Range, check_value
+from sapwood.checks import CalledWith, Range, check_value
 from sapwood.errors import BudgetError, unknown_name
 from sapwood.masks import Masks
 
@@ -121,6 +121,7 @@ def allocation(rule: str | Masks | Mapping[str, float] | Allocation, min_per_lay
             check_value(f"The density of {name!r} in allocation", share, Share)
         return Layerwise(rule, min_per_layer)  # type: ignore[arg-type]  # not Masks: that was above
     if callable(rule):
+        CalledWith(("scores", "candidates", "keep")).check("allocation", rule)
         return rule
     if not isinstance(rule, str):
         raise unknown_name("allocation", str(rule), NAMES)

@@ -91,6 +91,20 @@ class Known(Rule):
         self.find(value)
 
 
+@dataclass(frozen=True)
+class CalledWith(Rule):
+    """Something that may be called with these arguments, in this order."""
+
+    arguments: tuple[str, ...]
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuses another signature; one that is not known passes."""
+        if not takes(value, *self.arguments):
+            raise ConfigError(
+                f"{name} must be callable as {name}({', '.join(self.arguments)}), which {_short(value)} is not."
+            )
+
+
 Count = Annotated[int, Range(1)]
 Processes = Annotated[int, Range(1, unit="process")]
 Natural = Annotated[int, Range(0)]
@@ -154,6 +168,17 @@ def check_value(name: str, value: Any, hint: Any, *, infinite: bool = False) -> 
             check(value, flags=name.startswith("--"))
 
 
+def takes(function: Callable[..., Any], *arguments: str) -> bool:
+    """Whether something may be called with this many positional arguments; True where its signature is not known."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # of a builtin, which has none
+        return True
+    return True
+
+
 def _check_union(name: str, value: Any, kinds: tuple[Any, ...], infinite: bool) -> None:
     if value is None and types.NoneType in kinds:
         return
@@ -183,7 +208,8 @@ def _check_simple(name: str, value: Any, kind: type, infinite: bool) -> None:
     if isinstance(value, bool) and kind is not bool:
         legal = ()
     _check_type(name, value, legal, f"a value of type {kind.__name__}")
-    if kind is float and not (infinite or -sys.float_info.max <= value <= sys.float_info.max):
+    largest = math.inf if infinite else sys.float_info.max
+    if kind is float and not -largest <= value <= largest:  # which NaN is not either
         raise ConfigError(f"{name} must be a finite number, got {_short(value)}.")
     if kind is int and abs(value) > LARGEST:
         raise ConfigError(f"{name} must be at most {LARGEST:,}, got {_short(value)}.")

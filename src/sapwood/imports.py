@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import runpy
 import traceback
 from collections.abc import Callable
@@ -60,17 +59,6 @@ def called(function: Callable[..., Any], path: str, kind: str, /, **arguments: A
         raise
     except BaseException as error:
         raise failed(f"The {kind} {path!r} could not be made", error) from error
-
-
-def takes(function: Callable[..., Any], *arguments: str) -> bool:
-    """Whether something may be called with this many positional arguments; True where its signature is not known."""
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    except ValueError:  # of a builtin, which has none
-        return True
-    return True
 
 
 def failed(what: str, error: BaseException) -> ConfigError:

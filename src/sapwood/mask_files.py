@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sapwood.errors import MaskError, MaskFileError
+from sapwood.text import one_line
 
 FORMAT, VERSION = "sapwood-masks", "2"
 FIELDS = ("format", "version", "shapes", "provenance")
@@ -123,11 +124,11 @@ def read(path: Path) -> Content:
         with torch.inference_mode(False):  # autograd could not record masks made in that mode
             return _decoded(*_split(path))
     except Damaged as error:
-        raise MaskFileError(f"{str(path)!r} is not a readable mask file: {error}.") from error
+        raise MaskFileError(f"{str(path)!r} is not a readable mask file: {one_line(error)}.") from error
     except FileNotFoundError as error:
         raise MaskFileError(f"There is no mask file {str(path)!r}.") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-        raise MaskFileError(f"The mask file {str(path)!r} cannot be read ({error}).") from error
+        raise MaskFileError(f"The mask file {str(path)!r} cannot be read ({one_line(error)}).") from error
 
 
 def _split(path: Path) -> tuple[bytes, bytes, bytes]:

@@ -86,7 +86,7 @@ def parsed(argv: Sequence[str]) -> Callable[[str], int]:
 
 
 def _is_of_memory(error: BaseException) -> bool:
-    """torch has an exception of its own for a GPU only."""
+    """Whether memory was lacking; torch has an exception of its own for GPUs only."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -14,6 +14,7 @@ from sapwood.experiments import terminal
 from sapwood.experiments.compare import compare
 from sapwood.experiments.config import DENSE, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
+from sapwood.experiments.environment import device_of
 from sapwood.experiments.grid import Grid
 from sapwood.experiments.kernels import KernelConfig
 from sapwood.experiments.live import SweepProgress
@@ -64,6 +65,8 @@ def compare_and_report(  # the runs, where, how, and what is told of them
 ) -> int:
     """Does the runs and shows how far they are, then shows the table and writes the report; returns the exit code."""
     _check_sparsity(ntk, configs)
+    if engine.engine == "local":  # those of a cluster have other devices
+        device_of(place.device)
     with SweepProgress(configs, out, f"{configs[0].model} on {configs[0].data}, runs") as progress:
         outcomes = compare(configs, out, place, engine=engine, tracker=tracker, on_run=progress.take)
     failed = [outcome for outcome in outcomes if outcome.result is None]

@@ -26,9 +26,9 @@ def folder(source: Source) -> Dataset:
 
     As in torchvision's ImageFolder, classes are the sorted folder names of `train`, orientations in EXIF are not
     applied, and alpha is dropped, so that hidden colours appear. Hidden files and folders are left out, and 16-bit grey
-    is scaled to 8 bits. What makes an accuracy meaningless is said in a warning: one class only, a class without test images,
-    test images that are training images too. The statistics are measured on up to 2,000 training images. Augmentation
-    is the flip and ImageNet's resized crop, taken from the image at its final resolution.
+    is scaled to 8 bits. What makes an accuracy meaningless is said in a warning: one class only, a class without test
+    images, test images that are training images too. The statistics are measured on up to 2,000 training images.
+    Augmentation is the flip and ImageNet's resized crop, taken from the image at its final resolution.
     """
     parts = [source.root / name for name in ("train", "test", "val")]
     found = [part for part in parts if part.is_dir() and _subfolders(part)]

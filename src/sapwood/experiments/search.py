@@ -29,7 +29,9 @@ class Held(Rule):
     def check(self, name: str, value: tuple[int, ...]) -> None:
         """Refuses an empty one, and one of more than 2^40 numbers."""
         if not value or math.prod(value) > 2**40:
-            raise ConfigError(f"{name} is {' '.join(map(str, value))[:80] or 'empty'}; one sample's shape was expected.")
+            raise ConfigError(
+                f"{name} is {' '.join(map(str, value))[:80] or 'empty'}; one sample's shape was expected."
+            )
 
 
 @dataclass(frozen=True)

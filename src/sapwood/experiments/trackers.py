@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+from sapwood.checks import takes
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.experiments.config import RunConfig
-from sapwood.imports import imported, takes
+from sapwood.imports import imported
 from sapwood.training import Epoch
 
 Log = Callable[[Epoch], None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sapwood.allocation import target_density
 from sapwood.batches import Batch, Data
-from sapwood.checks import Natural, OneOf, check_arguments
+from sapwood.checks import CalledWith, Natural, OneOf, check_arguments
 from sapwood.diagnosis import diagnose
 from sapwood.functional import Forward, FunctionalModel, Loss
 from sapwood.isolation import isolated, unwrapped
@@ -32,14 +32,14 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     compression: float | None = None,
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
-    loss: Loss | None = None,
-    forward: Forward | None = None,
+    loss: Annotated[Loss | None, CalledWith(("output", "target"))] = None,
+    forward: Annotated[Forward | None, CalledWith(("model", "inputs"))] = None,
     include: Iterable[Pattern] | Pattern = (),
     exclude: Iterable[Pattern] | Pattern = (),
     min_per_layer: Natural = 0,
     zero_init: Annotated[str, OneOf("zero_init", ("ones", "keep"))] = "ones",
     seed: Natural = 0,
-    on_round: OnRound | None = None,
+    on_round: Annotated[OnRound | None, CalledWith(("round", "masks"))] = None,
     within: Masks | None = None,
     group: dist.ProcessGroup | None = None,
     diagnosed: bool = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sapwood.checks import check_fields
+from sapwood.checks import check_fields, takes
 from sapwood.criteria import (
     PX,
     Grasp,
@@ -23,7 +23,7 @@ from sapwood.criteria import (
     Taylor,
 )
 from sapwood.errors import ConfigError, unknown_name
-from sapwood.imports import called, imported, takes
+from sapwood.imports import called, imported
 from sapwood.methods.ntt import Ntt
 from sapwood.methods.obs import Obs
 from sapwood.pruning import Criterion, Method, Procedure

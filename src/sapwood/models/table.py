@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sapwood.checks import Count, Resolution, check_value
+from sapwood.checks import Count, Resolution, check_arguments
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.imports import called
 from sapwood.models.external import (
@@ -66,7 +66,7 @@ def names() -> list[str]:
 
 
 def create(
-    name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, **kwargs: Any
+    name: str, *, num_classes: Count = 10, in_channels: Count = 3, image_size: Resolution | None = None, **kwargs: Any
 ) -> nn.Module:
     """Builds an untrained model; its weights come from torch's global generator (`torch.manual_seed`).
 
@@ -85,9 +85,8 @@ def create(
     Raises:
         ConfigError: For an unknown name or setting, or a library that is not there.
     """
+    check_arguments(create, locals())
     settings = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, **kwargs}
-    for setting, legal in (("num_classes", Count), ("in_channels", Count), ("image_size", Resolution | None)):
-        check_value(setting, settings[setting], legal)
     prefix, colon, rest = name.partition(":")
     if not colon:
         return _own(name, settings)
