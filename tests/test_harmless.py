@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sapwood import Masks, SapwoodWarning
+from sapwood import Masks
 from sapwood.cli import main
 from sapwood.experiments.pages import templates
 from sapwood.text import one_line, text_table, visible
@@ -92,18 +92,6 @@ def test_other_peoples_sentences_are_one_line(tmp_path, capsys):
     assert main(typed) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "RuntimeError: two lines\\x1b[0m [/x] (" in line and "line " in line
-
-
-def test_only_our_warnings_are_ours(capsys, monkeypatch):
-    def warn(*_):
-        warnings.warn("of ours", SapwoodWarning, stacklevel=1)
-        warnings.warn("of theirs", UserWarning, stacklevel=1)
-        return Masks({"a": torch.tensor([True])})
-
-    monkeypatch.setattr("sapwood.cli.show.Masks.load", warn)
-    with pytest.warns(UserWarning, match="of theirs"):
-        assert main(["show", "file"]) == 0
-    assert capsys.readouterr().err == "sapwood: warning: of ours\n"
 
 
 def test_a_pipe_that_knows_few_characters(tmp_path, monkeypatch):

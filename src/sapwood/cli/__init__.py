@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -23,7 +23,7 @@ from sapwood.cli.run import Run
 from sapwood.cli.show import Show
 from sapwood.cli.sweep import Sweep
 from sapwood.cli.train import Train
-from sapwood.errors import SapwoodError, SapwoodWarning
+from sapwood.errors import SapwoodError, SapwoodWarning, for_the_user
 from sapwood.experiments import terminal
 
 USAGE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as in a shell
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a pipe may know fewer characters than we print
     with warnings.catch_warnings():
         warnings.simplefilter("always", SapwoodWarning)
-        warnings.showwarning = _shower(warnings.showwarning)
+        warnings.showwarning = for_the_user(lambda message, *_, **__: terminal.complain("warning", message))
         try:
             return parsed(argv)(shlex.join(["sapwood", *argv]))
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -88,15 +88,3 @@ def parsed(argv: Sequence[str]) -> Callable[[str], int]:
 def _is_of_memory(error: BaseException) -> bool:
     """Whether memory was lacking; torch has an exception of its own for GPUs only."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _shower(usual: Callable[..., None]) -> Callable[..., None]:
-    """Shows our own warnings in a line of ours, and those of other libraries as Python does, in their names."""
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, SapwoodWarning):
-            terminal.complain("warning", message)
-        else:
-            usual(message, category, *where, **more)
-
-    return show

@@ -40,7 +40,7 @@ from sapwood.batches import Batch, Data, filled, resized
 from sapwood.criteria.gates import Record, Replay
 from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.criteria.synflow import flow_statistics
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 CONSTANT = ("bias", "beta")  # what comes from no input
@@ -61,7 +61,7 @@ class PX:
             start = filled(resized(batch, 1), torch.ones_like)
             with LinearFlow():
                 values = net.outputs({**squares, **leaves}, start, buffers=flow_statistics(net, torch.square))
-            for name, gradient in differentiate((paths * values).sum(), leaves).items():
+            for name, gradient in net.differentiate((paths * values).sum(), leaves).items():
                 total[name] += gradient
         return {name: squares[name] * gradient for name, gradient in net.summed(total).items()}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sapwood.batches import Data, filled, resized
 from sapwood.criteria.linear_flow import LinearFlow
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 
@@ -55,7 +55,7 @@ def flow_scores(net: FunctionalModel, masks: Masks, data: Data, positive: Callab
     leaves = {name: weight.requires_grad_() for name, weight in kept.items()}
     with LinearFlow():
         output = net.outputs({**params, **leaves}, ones, buffers=flow_statistics(net, positive))
-    gradient = differentiate(output.sum(), leaves)
+    gradient = net.differentiate(output.sum(), leaves)
     return {name: (leaf.detach() * gradient[name]).abs() for name, leaf in leaves.items()}
 
 

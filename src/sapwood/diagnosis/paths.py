@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from sapwood.batches import Batch, Data, filled, resized
 from sapwood.criteria.linear_flow import LinearFlow
-from sapwood.functional import Forward, FunctionalModel, Params, differentiate
-from sapwood.isolation import isolated, unwrapped
+from sapwood.functional import Forward, FunctionalModel, Params
+from sapwood.isolation import device_of, isolated, unwrapped
 from sapwood.masks import Masks, clean_name
+from sapwood.witness import opened
 
 CONSTANT = ("bias", "beta")  # they put values in that come from no input
 
@@ -64,16 +65,17 @@ def effective(
     """
     core = unwrapped(model)
     masks.check(dict(core.named_parameters()), strict=False)
-    device = next(core.parameters()).device
+    device = device_of(core)
     with isolated(0, device):
-        net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
-        template = Data.collect(batches, input_shape, device).templates()[0]
+        data = Data.collect(batches, input_shape, device)
+        net = opened(core, data, masked=tuple(masks), include=tuple(masks), forward=forward, zero_init="keep")
+        template = data.templates()[0]
         ones = filled(resized(template, 1), lambda t: torch.ones_like(t, device=device))
         leaves = {n: _probe(n, p, masks.get(clean_name(n))) for n, p in net.params.items() if p.is_floating_point()}
         wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}
         with _Paths(), LinearFlow():
             output = net.outputs(leaves, ones, buffers=_uncentred(net))
-        gradient = {clean_name(n): g for n, g in differentiate(output.sum(), wanted).items()}
+        gradient = {clean_name(n): g for n, g in net.differentiate(output.sum(), wanted).items()}
     return Masks({n: mask & (gradient[n] != 0).to(mask.device) for n, mask in masks.items()}, masks.provenance)
 
 
