@@ -255,7 +255,7 @@ def users_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("x:", "is no import path"),
         ("a b:c", "is no import path"),
         ("x:y:z", "is no import path"),
-        ("x\0:y", "is no import path"),
+        ("x\0:y", "is no import path|holds characters"),
         ("math:pi", "."),
         ("builtins:len", "."),
     ],

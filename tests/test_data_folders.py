@@ -142,7 +142,9 @@ def test_test_images_that_are_trained_on_are_counted(folder: Path, memory_limit:
         data.load("folder", folder, resolution=8, memory_limit=memory_limit)
 
 
-@pytest.mark.parametrize("damage", ["no class", "no annotation", "binary annotation", "a folder as annotation"])
+@pytest.mark.parametrize(
+    "damage", ["no class", "no annotation", "binary annotation", "a folder as annotation", "elsewhere"]
+)
 def test_damaged_tiny_imagenet(tmp_path: Path, damage: str) -> None:
     base = tmp_path / "tiny-imagenet-200"
     for name in () if damage == "no class" else ("n1", "n2"):
@@ -150,7 +152,13 @@ def test_damaged_tiny_imagenet(tmp_path: Path, damage: str) -> None:
     picture(base / "val" / "images" / "0.JPEG")
     (base / "train").mkdir(exist_ok=True)
     annotations = base / "val" / "val_annotations.txt"
-    annotations.write_bytes({"no annotation": b"", "binary annotation": b"\xff\xfe\0"}.get(damage, b"0.JPEG\tn1\t0\n"))
+    annotations.write_bytes(
+        {
+            "no annotation": b"",
+            "binary annotation": b"\xff\xfe\0",
+            "elsewhere": b"../../train/n1/images/0.JPEG\tn1\n",
+        }.get(damage, b"0.JPEG\tn1\t0\n")
+    )
     if damage.startswith("a folder"):
         annotations.unlink()
         annotations.mkdir()

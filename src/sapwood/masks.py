@@ -75,6 +75,10 @@ class Masks(Mapping[str, Tensor]):
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tensors, Mapping) or not isinstance(self.provenance, Mapping):
+            raise MaskError(
+                "Masks are made of a mapping from parameter name to bool tensor, and one of their provenance."
+            )
         for name, mask in self.tensors.items():
             came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             if came != torch.bool:

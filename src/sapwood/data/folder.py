@@ -118,7 +118,7 @@ def _annotated(annotations: Path, classes: dict[str, int]) -> Labelled:
     for number, line in enumerate(lines, start=1):
         name, _, rest = line.partition("\t")
         label = classes.get(rest.partition("\t")[0])
-        if label is None:
+        if label is None or Path(name).name != name:
             raise DataError(f"{annotations}, line {number}: expected NAME<tab>CLASS<tab>..., not {line[:80]!r}.")
         labelled.append((annotations.parent / "images" / name, label))
     if not labelled:
