@@ -7,7 +7,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import pytest
 import torch
@@ -35,6 +35,10 @@ class Inner:
     count: Count = 1
 
 
+class Typed(TypedDict):
+    x: int
+
+
 @dataclass(frozen=True)
 class Outer:
     whole: int = 0
@@ -47,6 +51,8 @@ class Outer:
     inner: Inner = Inner()
     anything: Any = None
     place: Path = Path()
+    pair: tuple[int, str] = (1, "x")
+    typed: Typed | None = None
     even: Annotated[int, Known(lambda n: math.sqrt(n))] = 4
 
 
@@ -65,6 +71,8 @@ class Outer:
         {"inner": Inner(2)},
         {"anything": object()},
         {"place": "text"},
+        {"pair": [2, "y"]},
+        {"typed": {"x": 3}},
     ],
 )
 def test_what_is_legal_passes(legal: dict) -> None:

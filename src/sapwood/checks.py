@@ -156,10 +156,11 @@ def check_value(name: str, value: Any, hint: Any, *, infinite: bool = False) -> 
             rule.check(name, value)
     elif typing.get_origin(hint) in (typing.Union, types.UnionType):
         _check_union(name, value, typing.get_args(hint), infinite)
-    elif typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is Ellipsis:
+    elif typing.get_origin(hint) is tuple:
         _check_type(name, value, (tuple, list), "a sequence")
-        for part in value:
-            check_value(name, part, typing.get_args(hint)[0], infinite=infinite)
+        kinds = typing.get_args(hint)
+        for part in value if kinds[-1:] == (Ellipsis,) else ():
+            check_value(name, part, kinds[0], infinite=infinite)
     elif hint in SIMPLE:
         _check_simple(name, value, hint, infinite)
     elif (kind := _class_of(hint)) is not None:
@@ -226,7 +227,11 @@ def _is_text(text: str) -> bool:
 
 
 def _check_type(name: str, value: Any, legal: tuple[type, ...], expected: str) -> None:
-    if not isinstance(value, legal):
+    try:
+        fits = isinstance(value, legal)
+    except TypeError:  # somebody's class that cannot be asked
+        return
+    if not fits:
         raise ConfigError(f"{name} takes {expected}; {_short(value)} came.")
 
 
