@@ -48,7 +48,7 @@ def some_masks(rng: random.Random) -> Masks:
 
 
 @pytest.mark.trap(95)
-@lengths(600, 60_000)
+@lengths(600, 30_000)
 def test_damaged_mask_files(tmp_path, count):
     rng = random.Random(SEED + count)
     for _ in range(count):
@@ -126,7 +126,7 @@ def odd_entry(part: Path, rng: random.Random) -> tuple[str, Path]:
 
 
 @pytest.mark.trap(97)
-@lengths(60, 2000)
+@lengths(40, 1000)
 def test_odd_image_folders(tmp_path, count):
     rng = random.Random(SEED + count)
     for case in range(count):
@@ -285,7 +285,7 @@ def outcome(typed: list[str]) -> str:
 
 
 @pytest.mark.trap(96)
-@lengths(100, 5000)
+@lengths(100, 2500)
 def test_command_lines(tmp_path, nothing_runs, count):
     """Flags with legal values are accepted; one that is not legal is refused, before anything begins."""
     rng = random.Random(SEED + count)

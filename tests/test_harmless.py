@@ -100,7 +100,7 @@ def test_a_pipe_that_knows_few_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     assert main(["show", str(tmp_path / "m"), "--csv"]) == 0
     sys.stdout.flush()
-    assert rb"\u6f22\u2248" in raw.getvalue()
+    assert rb"\u6f22" in raw.getvalue() and raw.getvalue().isascii()
 
 
 @pytest.mark.trap(96)

@@ -13,6 +13,7 @@ from sapwood.checks import Count, Known, Seed
 from sapwood.cli.flags import DataSet, Model, OptionalFolder
 from sapwood.experiments import kernel_run, terminal
 from sapwood.experiments.config import Place
+from sapwood.experiments.environment import device_of
 from sapwood.experiments.kernels import KernelConfig
 
 
@@ -51,6 +52,7 @@ class Ntk:
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""
+        device_of(self.place.device)  # which is not there, perhaps
         out = self.out or Path("ntk") / f"{self.model.replace(':', '-').replace('/', '-')}-{self.data}"
         methods = self.method or (() if self.masks else kernel_run.PAPER)
         networks = kernel_run.read_masks(self.masks)

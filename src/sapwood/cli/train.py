@@ -12,6 +12,7 @@ from sapwood.cli.flags import DataSet, File, Folder, Model, Together, Training
 from sapwood.errors import SapwoodError
 from sapwood.experiments import terminal
 from sapwood.experiments.config import Place, RunConfig, seeded, under
+from sapwood.experiments.environment import device_of
 from sapwood.experiments.run import run
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.together import end
@@ -61,6 +62,8 @@ class Train:
         if masks is not None:
             config = under(config, masks)
         fabric = self.together.fabric(self.place.device, config.train.precision)
+        if fabric is None:
+            device_of(self.place.device)  # which is not there, perhaps
         try:
             result = self._run(config, masks, fabric)
             if fabric is not None:
