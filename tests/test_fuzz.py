@@ -285,7 +285,7 @@ def outcome(typed: list[str]) -> str:
 
 
 @pytest.mark.trap(96)
-@lengths(100, 2500)
+@lengths(60, 2500)
 def test_command_lines(tmp_path, nothing_runs, count):
     """Flags with legal values are accepted; one that is not legal is refused, before anything begins."""
     rng = random.Random(SEED + count)
