@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sapwood import schedules
 from sapwood.allocation import Allocation, allocation, budget
 from sapwood.batches import Data
 from sapwood.coverage import Coverage
@@ -50,6 +51,15 @@ class Method:
     allocation: str | Masks | Mapping[str, float] | Allocation = "global"
     regrow: bool = False
     invert: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what no search could begin with.
+
+        Raises:
+            ConfigError: an unknown schedule or allocation, or a number of rounds out of range.
+        """
+        schedules.check(self.schedule, self.rounds)
+        allocation(self.allocation)
 
     def run(
         self,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from sapwood import data, models
 from sapwood.batches import Batch
+from sapwood.checks import Count, Rule
 from sapwood.errors import ConfigError
 from sapwood.experiments import cost
 from sapwood.experiments.config import Place
@@ -19,6 +21,17 @@ from sapwood.masks import Masks
 from sapwood.methods import LABELLED, METHODS, ON_INPUTS, prune
 from sapwood.methods.table import settings
 from sapwood.pruning import Result, Round
+
+
+class Held(Rule):
+    """A shape of which a tensor can be made."""
+
+    def check(self, name: str, value: tuple[int, ...]) -> None:
+        """Refuses an empty one, and one of more than 2^40 numbers."""
+        if not value or math.prod(value) > 2**40:
+            raise ConfigError(
+                f"{name} is {' '.join(map(str, value))[:80] or 'empty'}; one sample's shape was expected."
+            )
 
 
 @dataclass(frozen=True)
@@ -32,9 +45,9 @@ class Shape:
             has, else the model's usual shape.
     """
 
-    num_classes: int | None = None
-    in_channels: int | None = None
-    input_shape: tuple[int, ...] | None = None
+    num_classes: Count | None = None
+    in_channels: Count | None = None
+    input_shape: Annotated[tuple[Count, ...] | None, Held()] = None
 
 
 @dataclass(frozen=True)
