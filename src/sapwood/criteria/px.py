@@ -21,7 +21,7 @@ in float64.
 Choices of ours, beyond plain networks: paths begin at inputs, so biases are zero in the auxiliary networks; all other
 parameters (norm scales, tokens, positions) are weights like any other; BatchNorm's scale 1/std is one in the first
 network and 1/var in the second; GELU, SiLU and their like have the gates of a ReLU; tanh and sigmoid are always open,
-attention is bilinear (see `linear_flow`), and of a max-pool the larger flow passes; recurrent layers' fused
+attention is bilinear (see `sapwood.flow.positive`), and of a max-pool the larger flow passes; recurrent layers' fused
 non-linearities are left as they are.
 
 Departures from the procedure of the authors' code: functions are intercepted in a context (there `F.relu` is patched
@@ -37,13 +37,11 @@ import torch
 from torch import Tensor
 
 from sapwood.batches import Batch, Data, filled, resized
-from sapwood.criteria.gates import Record, Replay
-from sapwood.criteria.linear_flow import LinearFlow
-from sapwood.criteria.synflow import flow_statistics
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.flow.gates import Record, Replay
+from sapwood.flow.premise import flow_gradient
+from sapwood.flow.state import is_constant, statistics
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-
-CONSTANT = ("bias", "beta")  # what comes from no input
 
 
 @dataclass(frozen=True)
@@ -58,21 +56,25 @@ class PX:
         for batch in data.inputs():
             paths = self.activated(net, masks, ones, batch)
             leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
-            start = filled(resized(batch, 1), torch.ones_like)
-            with LinearFlow():
-                values = net.outputs({**squares, **leaves}, start, buffers=flow_statistics(net, torch.square))
-            for name, gradient in differentiate((paths * values).sum(), leaves).items():
+            start = filled(resized(batch, 1), lambda t: torch.ones_like(t, dtype=torch.float64))
+            found = flow_gradient(
+                net, squares, leaves, start, lambda: statistics(net, torch.square), lambda values: (paths * values).sum()
+            )
+            for name, gradient in found.items():
                 total[name] += gradient
         return {name: squares[name] * gradient for name, gradient in net.summed(total).items()}
 
     def activated(self, net: FunctionalModel, masks: Masks, ones: Params, batch: Batch) -> Tensor:
         """Activated paths to every output, weighted with the squared inputs: the outputs' shape with a batch of one."""
         with torch.no_grad():
-            with Record() as record:
-                net.outputs(masks.apply(net.weights), batch)
-            squared = filled(batch, torch.square)
-            with Replay(record.gates):
-                paths = net.outputs(ones, squared, buffers=flow_statistics(net, torch.ones_like))
+            inputs = filled(batch, lambda t: t.to(net.dtype))
+            kept, own = masks.apply(net.weights), net.own_buffers()
+            with Record(inputs, {**net.params, **kept, **own}) as record:
+                net.outputs(kept, inputs, buffers=own)
+            squared = filled(batch, lambda t: t.double().square())
+            state = statistics(net, torch.ones_like)
+            with Replay(record.gates, squared, {**ones, **state}) as replay:
+                paths = replay.arrived(net.outputs(ones, squared, buffers=state))
         return paths.sum(0, keepdim=True)
 
 
@@ -80,7 +82,7 @@ def _auxiliary(net: FunctionalModel, masks: Masks, value: Callable[[Tensor], Ten
     """All parameters in float64 as an auxiliary network has them, under the masks."""
     params = {
         name: torch.zeros_like(p, dtype=torch.float64)
-        if any(word in name.rpartition(".")[2] for word in CONSTANT)
+        if is_constant(name)
         else value(p.double())
         for name, p in net.params.items()
         if p.is_floating_point()

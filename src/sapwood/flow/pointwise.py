@@ -1,0 +1,112 @@
+"""Rules for functions that work entry by entry: they are looked at where the flow is large."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sapwood.flow.calls import Call
+from sapwood.flow.sums import based, hides, one_sided, pending
+from sapwood.flow.values import NEAR, Growth, Value, uniform
+
+if TYPE_CHECKING:
+    from sapwood.flow.positive import PositiveFlow
+
+
+def looked_at(mode: PositiveFlow, call: Call) -> Value:
+    """A function of one flow: the identity where it follows it, a power where it grows faster, pending else."""
+    value = next((v for v in call.values if v.flow.is_floating_point()), call.values[0])
+    if any(other.sheet != value.sheet for other in call.values):
+        raise call.refused("takes several flows that come through different weights, and is neither sum nor product")
+
+    growth = Growth.of(call.probe)
+    if not isinstance(growth.high, Tensor) or growth.high.dtype == torch.bool or _is_mask(call):
+        return replace(pending(call, value), flow=mode.computed(call, lambda: call.run(lambda v: v.flow)))
+    if value.reduced:
+        return _of_statistic(mode, call, value, growth)
+    if growth.flowing and bool((growth.high >= 0).all()):
+        return _following(mode, call, value, growth)
+    if NEAR < growth.order < float("inf") and growth.order > 1:
+        base = based(pending(call, value))
+        flow = mode.computed(call, lambda: base**growth.order * mode.factor(growth.coefficient.abs()))
+        return Value(flow, value.sheet, call.probe, linear=False, base=base)
+    return _rectified(mode, pending(call, value), growth, call)
+
+
+def _is_mask(call: Call) -> bool:
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        return not call.probe(1.0).is_floating_point()
+
+
+def _following(mode: PositiveFlow, call: Call, value: Value, growth: Growth) -> Value:
+    skeleton = pending(call, value)
+    base = value.flow if value.linear else based(skeleton)
+    slope = growth.coefficient
+
+    def scaled() -> Tensor:
+        return base.expand(slope.shape) if bool((slope == 1).all()) else base * mode.factor(slope)
+
+    flow = mode.computed(call, scaled)
+    flow = mode.gated(flow, base, growth.one_sided)
+    return Value(flow, value.sheet, one_sided(uniform(flow), call.probe))
+
+
+def _of_statistic(mode: PositiveFlow, call: Call, value: Value, growth: Growth) -> Value:
+    """Of what was brought together (a norm, a mean of squares): itself where it grows, for a bound the skeleton."""
+    if growth.bounded:
+        return pending(call, value)
+    flow = mode.computed(call, lambda: call.run(lambda v: v.flow))
+    return replace(pending(call, value), flow=flow)
+
+
+def _rectified(mode: PositiveFlow, value: Value, growth: Growth, call: Call) -> Value:
+    """A bounded rectifier (relu6) is shut wherever its input is negative, not only far from zero."""
+    if value.base is None or not bool(growth.high.any()):
+        return value
+    shut = growth.bounded and not bool(growth.low.any()) and not bool(call.probe(-1.0).any())
+    return replace(value, flow=mode.gated(value.flow, value.base, shut))
+
+
+def chosen(mode: PositiveFlow, call: Call) -> Value:
+    """`where`, `maximum`, `minimum`, `masked_fill`: one of several, entry by entry."""
+    values = [v for v in call.values if v.flow.is_floating_point()]
+    if not values:
+        return looked_at(mode, call)
+    if any(hides(constant) for constant in call.constants):
+        return pending(call, values[0])
+
+    if any(v.sheet != values[0].sheet for v in call.values):
+        flow = mode.computed(call, lambda: call.run(lambda v: mode.settled(v, call), mode.shift))
+        return mode.fresh(flow, (call.name, tuple(v.sheet for v in call.values)))
+
+    growth = Growth.of(call.probe)
+    if not growth.flowing or values[0].reduced:
+        return looked_at(mode, call)
+    flow = mode.computed(call, lambda: call.run(lambda v: v.flow, mode.shift))
+    flow = mode.gated(flow, based(values[0]), growth.one_sided)
+    return Value(flow, values[0].sheet, one_sided(uniform(flow), call.probe))
+
+
+def parametric(mode: PositiveFlow, call: Call) -> Value:
+    """PReLU: a rectifier, whatever slope it has learned."""
+    relu = Call(F.relu, F.relu, "relu", tuple(call.values), {}, where=call.where)
+    return looked_at(mode, relu)
+
+
+def identity(mode: PositiveFlow, call: Call) -> Value:
+    """Dropout: a flow is not dropped."""
+    return call.values[0]
+
+
+RULES: dict[str, Any] = {
+    "prelu": parametric,
+    **dict.fromkeys(("where", "maximum", "minimum", "fmax", "fmin", "masked_fill"), chosen),
+    **dict.fromkeys(
+        ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
+        identity,
+    ),
+}

@@ -1,0 +1,297 @@
+"""Runs a network as a positive flow: what rises goes on, what scales is a constant, what turns round is refused.
+
+**What the flow of a network is.** SynFlow and its kin sum over paths: the network is run on ones with all weights made
+non-negative, and what arrives is a sum of products along paths, to which every weight on a path gives its part. That
+holds for linear layers and for rectifiers, which are the identity on non-negative values. Everything else has to be
+given a meaning in these terms, and the meaning must not depend on how it is written down. Five rules do it:
+
+1. *Linear operations*, and those that choose (max-pools, `where`, `maximum`), are what they are. Constants take their
+   absolute values there, as weights do; a subtracted constant or mean is dropped, since a flow is not centred.
+2. *Functions of one value* are looked at where it is large (`values.Growth`). Those that grow like it (GELU, SiLU, ELU,
+   softplus, leaky rectifiers) are the identity times their slope there; those that rise to a bound (tanh, sigmoid,
+   hardsigmoid, relu6) are the identity; powers are powers; what falls, or goes up and down (cos), is refused.
+3. *A factor that comes from the same flow and does not grow with it* (1/std, rsqrt(mean x^2), 1/norm, sigmoid(x) in
+   x sigmoid(x), 1/sum exp) has no path of its own: it is the constant to which it tends. So a norm passes its affine
+   part, a self-gated unit is the identity, and a softmax divides by the number of its keys, however it is written.
+4. *Products of flows that come through different weights* (attention, gated linear units, squeeze-and-excitation) are
+   products: a path runs through all of the factors.
+5. *A difference of two flows*, a quotient of two that come through different weights, and operations of which nothing
+   is known and which are not positively homogeneous when tried, are refused by name.
+
+It works on functions, not modules, so that a `F.gelu` inside a forward is seen as well. Fused recurrent cells are left
+as they are: their gates saturate, and the premise is not checked on them. Everything is in float64, also what a forward
+asks for in float32.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from sapwood.errors import UnsupportedModelError
+from sapwood.flow import moves, pointwise, sums
+from sapwood.flow.calls import Call
+from sapwood.flow.layers import BY_NAME, WRITTEN_OUT
+from sapwood.flow.names import is_pointwise, name_of
+from sapwood.flow.values import Growth, Value, uniform
+
+RULES: dict[str, Any] = {**sums.RULES, **pointwise.RULES, **moves.RULES}
+READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__index__", "__array__"))
+OWN = torch.empty(0)  # stands for the tensor itself, which would else be kept alive by what is known of it
+Entry = tuple[weakref.ref[Tensor], int, Value | None]
+
+
+class PositiveFlow(TorchFunctionMode):
+    """A context in which a network runs as a positive flow.
+
+    Args:
+        inputs: The batch that the network is run on; its floating-point tensors are where flows begin.
+        named: Parameters and buffers by name, as the network has them in this context.
+        pools: What is called in place of some functions (see `pooling`).
+        paths: Constants count paths: they are one wherever they are not zero, and add none.
+        level: Divides what leaves a layer by its largest entry, so that depth neither overflows nor vanishes.
+        start: What the rows of embeddings, where flows begin as well, are multiplied by.
+
+    Attributes:
+        checkable: False once an operation has run that is no positive flow and known not to be one.
+    """
+
+    tries = True
+
+    def __init__(
+        self,
+        inputs: Any,
+        named: Mapping[str, Tensor] | None = None,
+        *,
+        pools: Mapping[Any, Callable[..., Any]] | None = None,
+        paths: bool = False,
+        level: bool = False,
+        start: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.named = {id(tensor): name for name, tensor in (named or {}).items()}
+        self.kept = list((named or {}).values())  # as long as they live, their ids are theirs
+        self.pools = pools or {}
+        self.paths, self.levelled = paths, level
+        self.start = start
+        self.checkable = True
+        self.where = "at the input"
+        self.table: dict[int, Entry] = {}
+        for leaf in pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.begin(leaf)
+
+    def begin(self, tensor: Tensor) -> None:
+        """A flow begins here."""
+        self.note(tensor, self.fresh(tensor, object()))
+
+    def fresh(self, flow: Tensor, sheet: Hashable) -> Value:
+        """A flow of its own."""
+        return Value(flow, sheet, uniform(flow))
+
+    def note(self, tensor: Tensor, value: Value | None) -> None:
+        """Keeps what is known of a tensor, for as long as it lives and is not written to."""
+        if value is not None and value.flow is tensor:
+            value = replace(value, flow=OWN)
+        self.table[id(tensor)] = (weakref.ref(tensor), tensor._version, value)
+
+    def known(self, tensor: Tensor) -> Value | None:
+        """The value of a tensor; None for a constant."""
+        reference, version, value = self.table.get(id(tensor), (None, 0, None))
+        if reference is None or reference() is not tensor:
+            self._refuse_unseen(tensor)
+            return None
+        if value is not None and tensor._version != version:
+            value = self.fresh(tensor, object())
+            self.note(tensor, value)
+        return value if value is None or value.flow is not OWN else replace(value, flow=tensor)
+
+    def _refuse_unseen(self, tensor: Tensor) -> None:
+        if tensor.grad_fn is not None and not tensor._is_view():
+            raise UnsupportedModelError(
+                f"{tensor.grad_fn.name()} ({self.where}) is a function of the model's own, or compiled code, into which "
+                "synflow, synflow-l2, px and the diagnosis of paths cannot look; write it in torch's functions, or use "
+                "ntk-sap or snip, which take it as it is."
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the rule of an operation on flows; makes all other calls, in float64."""
+        kwargs = kwargs or {}
+        leaves, shape = pytree.tree_flatten((args, kwargs))
+        values = [self.known(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        self._pass_by(leaves)
+        if not any(values):
+            return self._constant(func, leaves, shape)
+
+        name = name_of(func)
+        if name.text in READS and any(v and v.flow.is_floating_point() for v in values):
+            raise self._call(func, leaves, values, shape).refused("takes a flow's values into Python")
+        written_out = WRITTEN_OUT.get(func, BY_NAME.get(name.text))
+        if written_out is not None:
+            return self.write_out(written_out, func, args, kwargs)
+
+        rule = RULES.get(name.text) or (pointwise.looked_at if is_pointwise(name.text) else None)
+        call = self._call(func, leaves, values, shape)
+        if rule is None and not call.writes:
+            told = call.run(lambda value: value.flow)
+            if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(told)):
+                return told  # a shape, a dtype, a truth value
+        return self._finished(call, (rule or moves.tried)(self, call), leaves)
+
+    def _pass_by(self, leaves: list[Any]) -> None:
+        """Notes which named weight was used last, for messages."""
+        for leaf in leaves:
+            name = self.named.get(id(leaf), "")
+            if name.endswith("weight"):
+                self.where = f"at {name!r}"
+
+    def _constant(self, func: Any, leaves: list[Any], shape: Any) -> Any:
+        args, kwargs = pytree.tree_unflatten(leaves, shape)
+        result = func(*args, **kwargs)
+        if name_of(func).text == "embedding" and isinstance(result, Tensor):
+            root = self.rooted(result)
+            self.begin(root)
+            return root
+
+        def seen(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            leaf = self.cast(leaf)
+            if leaf.grad_fn is not None:
+                self.note(leaf, None)
+            return leaf
+
+        return pytree.tree_map(seen, result)
+
+    def _call(self, func: Any, leaves: list[Any], values: list[Value | None], shape: Any) -> Call:
+        known = [self.cast(leaf) if value is None else value for leaf, value in zip(leaves, values, strict=True)]
+        args, kwargs = pytree.tree_unflatten(known, shape)
+        name = name_of(func)
+        writes = name.writes or bool(kwargs.get("inplace"))
+        return Call(self.pools.get(func, func), func, name.text, args, kwargs, name.is_reversed, writes, self.where)
+
+    def _finished(self, call: Call, result: Any, leaves: list[Any]) -> Any:
+        """Tensors for the network to go on with, which stand for the values of a result."""
+        if call.writes:
+            first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            self._overwrite(call, first, pytree.tree_leaves(result)[0])
+            return first
+
+        given = {id(v.flow) for v in call.values}
+        outputs = pytree.tree_map(lambda leaf: self._shown(leaf, given), result)
+        return iter(outputs) if call.name == "iter" else outputs
+
+    def _shown(self, leaf: Any, given: set[int]) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        flow = self.cast(leaf.flow)
+        tensor = flow.view_as(flow) if id(flow) in given or id(flow) in self.table else flow
+        self.note(tensor, replace(leaf, flow=tensor if leaf.settled and tensor is flow else flow))
+        return tensor
+
+    def _overwrite(self, call: Call, tensor: Tensor, value: Value) -> None:
+        """What an operation in place leaves in a tensor, and in what it is a part of."""
+        own = self.known(tensor)
+        if value.flow is tensor:
+            self.note(tensor, value)
+        elif value.settled and value.flow.shape == tensor.shape and (own is None or own.flow is tensor):
+            tensor.copy_(value.flow)
+            self.note(tensor, replace(value, flow=tensor))
+            if tensor._base is not None:
+                self.note(tensor._base, self.fresh(tensor._base, object()))
+        elif tensor._is_view() and own is not None and own.flow is tensor:
+            raise call.refused("changes a part of a flow in place; write it out of place")
+        else:
+            self.note(tensor, value)
+
+    def write_out(self, written_out: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a layer of torch's as the operations that it consists of."""
+        with self:
+            return written_out(*args, **kwargs)
+
+    def arrived(self, output: Tensor) -> Tensor:
+        """The flow that a network's output stands for."""
+        value = self.known(output)
+        if value is None:
+            return output
+        return self.settled(value, Call(torch.sum, torch.sum, "the output", (value,), {}, where=self.where))
+
+    # What rules ask for.
+
+    def computed(self, call: Call, flow: Callable[[], Any]) -> Any:
+        """The flow that a rule gives for a call."""
+        return flow()
+
+    def rooted(self, tensor: Tensor) -> Tensor:
+        """The flow that begins with the rows of an embedding."""
+        rows = self.cast(tensor)
+        return rows if self.start is None else rows * self.start
+
+    def gated(self, flow: Tensor, source: Tensor, rectifies: bool) -> Tensor:
+        """The flow behind a function of `source`, which is shut where that is negative, if it `rectifies`."""
+        return flow
+
+    def cast(self, leaf: Any) -> Any:
+        """Floating-point tensors in float64."""
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
+            return leaf.double()
+        return leaf
+
+    def is_negative(self, constant: Tensor | float) -> bool:
+        """Whether a constant turns a flow round; parameters and buffers do not, they are taken by their size."""
+        if not isinstance(constant, Tensor):
+            return constant < 0
+        if id(constant) in self.named or constant.requires_grad:
+            return False
+        return bool((constant <= 0).all()) and bool((constant < 0).any())
+
+    def factor(self, constant: Any) -> Any:
+        """A constant that scales a flow."""
+        if self.paths and not isinstance(constant, bool):
+            return self._indicator(constant)
+        return abs(constant) if isinstance(constant, float | int) else self.weight(constant)
+
+    def shift(self, constant: Any) -> Any:
+        """A constant that is added to a flow."""
+        if self.paths and id(constant) not in self.named and isinstance(constant, float | Tensor):
+            return constant * 0 if isinstance(constant, float) or constant.is_floating_point() else constant
+        return abs(constant) if isinstance(constant, float) else self.weight(constant)
+
+    def weight(self, constant: Any) -> Any:
+        """A constant of a linear map: non-negative, as the parameters are; computed weights stay as they are."""
+        if not isinstance(constant, Tensor) or not constant.is_floating_point():
+            return constant
+        if id(constant) in self.named or constant.requires_grad:
+            return constant
+        return (constant != 0).to(constant.dtype) if self.paths else constant.abs()
+
+    def _indicator(self, constant: Any) -> Any:
+        if isinstance(constant, Tensor):
+            return (constant != 0).to(torch.float64)
+        return type(constant)(constant != 0) if isinstance(constant, float | int) else constant
+
+    def level(self, result: Any) -> Any:
+        """What leaves a layer."""
+        if not self.levelled or not isinstance(result, Tensor):
+            return result
+        peak = result.detach().max()
+        return result / torch.where(peak > 0, peak, 1)
+
+    def settled(self, value: Value, call: Call) -> Tensor:
+        """What a value stands for where it goes on."""
+        if value.settled:
+            return value.flow
+        growth = Growth.of(value.probe)
+        if growth.flowing and torch.allclose(growth.high, -growth.low):
+            return value.flow  # a constant times a flow, which counts by its size
+        if growth.order > 0.01 and bool((growth.high >= 0).all()) or growth.bounded and growth.rises:
+            return value.flow
+        raise call.refused("takes a flow that falls, vanishes or turns round as it grows")
+

@@ -1,0 +1,128 @@
+"""What is known of a tensor while a network is run as a positive flow: the flow itself, and how it grows with it.
+
+A `Value` goes with every tensor that depends on the input. Its `probe` answers, by running the network's own
+operations, what the tensor would be if the flow that it comes from were t everywhere; how it behaves from t to 2t tells
+what it is without any list of names:
+
+* it grows like t: a flow (rectifiers on the positive side, sums, views);
+* it does not grow: a gate, which opens (sigmoid, erf, hardsigmoid), or a normaliser, which falls (1/std, rsqrt, 1/norm);
+* it grows like t^2, t^3: a product of flows;
+* it comes and goes (sin), or falls, or vanishes: no part of a positive flow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Probe = Callable[[float], Tensor]
+
+LARGE = (2.0**30, 100.0)  # the second where the first leaves float64, as exp does
+STEPS = (1.0, 1.25, 1.5, 2.0, 2.5)
+DOUBLE = STEPS.index(2.0)
+NEAR = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What a tensor is.
+
+    Attributes:
+        flow: The non-negative flow that stands for it where it goes on to other layers.
+        sheet: Which flow it comes from without a weight in between; values of one sheet may scale each other.
+        probe: What it would be if that flow were t everywhere.
+        linear: It is a flow of its own; its probe grows like t whatever constants have scaled it.
+        settled: `flow` is what it stands for; else this is found out where it goes on (see `Flow.settled`).
+        base: The last flow that it was computed from, entry by entry; None where entries were brought together.
+        reduced: It has fewer entries than its sheet, as means and norms have.
+    """
+
+    flow: Tensor
+    sheet: Hashable
+    probe: Probe
+    linear: bool = True
+    settled: bool = True
+    base: Tensor | None = None
+    reduced: bool = False
+
+
+def uniform(like: Tensor) -> Probe:
+    """The probe of a flow: t everywhere."""
+    shape, device = like.shape, like.device
+
+    def probe(t: float) -> Tensor:
+        return torch.full((), t, dtype=torch.float64, device=device).expand(shape)
+
+    return probe
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A value where its flow is large, and how it came there.
+
+    Attributes:
+        at: The size of the flow.
+        high: The value there.
+        low: The value where the flow is as large and negative.
+        order: Exponent of t; infinite for exponentials, -inf for what vanishes.
+        rises: Whether it never falls from there on, and is higher than at the negative end.
+    """
+
+    at: float
+    high: Tensor
+    low: Tensor
+    order: float
+    rises: bool
+
+    @classmethod
+    def of(cls, probe: Probe) -> Growth:
+        """Looks at a value's probe."""
+        for large in LARGE:
+            points = [probe(large * step).double() for step in STEPS]
+            if not any(bool((p.isnan() | (p == math.inf)).any()) for p in points):
+                break
+        low = probe(-large).double().nan_to_num(nan=-math.inf, neginf=-math.inf)  # logarithms and roots have none
+        high = points[0]
+        ends = [_peak(point) for point in points]
+        pairs = zip(points, points[1:], strict=False)
+        steady = all(bool((b >= a - 1e-9 * a.abs()).all()) for a, b in pairs)
+        return cls(large, high, low, _order(ends[0], ends[DOUBLE]), steady and bool((high > low).any()))
+
+    @property
+    def flowing(self) -> bool:
+        """Whether it grows like the flow itself."""
+        return abs(self.order - 1) < NEAR
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it does not grow."""
+        return self.order < NEAR
+
+    @property
+    def coefficient(self) -> Tensor:
+        """c in c t^order."""
+        return self.high if math.isinf(self.order) else self.high / self.at**self.order
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether it is small where the flow is negative, as a rectifier's output is."""
+        return _peak(self.low) <= 0.5 * _peak(self.high)
+
+
+def _peak(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()].abs()
+    if not finite.numel():
+        return math.inf
+    return float(finite.max())
+
+
+def _order(first: float, second: float) -> float:
+    if first == 0 or second == 0:
+        return -math.inf
+    if math.isinf(first) or math.isinf(second):
+        return math.inf
+    return round(math.log2(second / first), 6)
