@@ -72,7 +72,7 @@ class PX:
             with Record(inputs, {**net.params, **kept, **own}) as record:
                 net.outputs(kept, inputs, buffers=own)
             squared = filled(batch, lambda t: t.double().square())
-            state = statistics(net, torch.ones_like)
+            state = statistics(net, lambda buffer: (buffer != 0).double())
             with Replay(record.gates, squared, {**ones, **state}) as replay:
                 paths = replay.arrived(net.outputs(ones, squared, buffers=state))
         return paths.sum(0, keepdim=True)

@@ -47,7 +47,8 @@ def count(net: FunctionalModel, masks: Masks, template: Batch) -> Paths:
         inputs = filled(template, lambda t: torch.full_like(t, scale, device=net.device, dtype=torch.float64))  # noqa: B023
         state = _unit(net)
         with PositiveFlow(inputs, {**leaves, **state}, pools=SUMS, paths=True) as flow:
-            total = flow.arrived(net.outputs(leaves, inputs, buffers=state)).sum()
+            output = flow.arrived(net.outputs(leaves, inputs, buffers=state))
+        total = output.sum()
         seed = torch.full_like(total, scale)
         if not total.requires_grad:
             raise UnsupportedModelError("The model's output does not depend on the masked weights through autograd.")

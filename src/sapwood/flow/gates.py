@@ -35,7 +35,8 @@ class Record(PositiveFlow):
 
     def gated(self, flow: Tensor, source: Tensor, rectifies: bool) -> Tensor:
         """Notes where a rectifier is open."""
-        self.gates.append(source.detach() > 0 if rectifies else None)
+        if not self.inside:
+            self.gates.append(source.detach() > 0 if rectifies else None)
         return flow
 
     def computed(self, call: Call, flow: Callable[[], Any]) -> Any:
@@ -46,15 +47,19 @@ class Record(PositiveFlow):
         """Tensors as they are."""
         return leaf
 
+    def kept_precise(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What the network itself computes."""
+        return function
+
     def write_out(self, written_out: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a layer of torch's as it is."""
-
-        def begun(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                self.note(leaf, self.fresh(leaf, object()))
-            return leaf
-
-        return pytree.tree_map(begun, func(*args, **kwargs))
+        """Runs a layer of torch's as it is; what is known of its result comes from the operations that it consists of."""
+        like = pytree.tree_leaves(super().write_out(written_out, func, args, kwargs))
+        leaves, shape = pytree.tree_flatten(func(*args, **kwargs))
+        for shown, leaf in zip(like, leaves, strict=True):
+            value = self.known(shown) if isinstance(shown, Tensor) else None
+            if value is not None:
+                self.note(leaf, replace(value, flow=leaf))
+        return pytree.tree_unflatten(leaves, shape)
 
     def _finished(self, call: Call, result: Any, leaves: list[Any]) -> Any:
         real = pytree.tree_leaves(call.run(lambda value: value.flow))
@@ -76,15 +81,6 @@ class Replay(PositiveFlow):
     def __init__(self, gates: Sequence[Tensor | None], inputs: Any, named: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(inputs, named)
         self.gates = iter(gates)
-        self.inside = 0
-
-    def write_out(self, written_out: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a layer of torch's, in which nothing was recorded, as the operations that it consists of."""
-        self.inside += 1
-        try:
-            return super().write_out(written_out, func, args, kwargs)
-        finally:
-            self.inside -= 1
 
     def gated(self, flow: Tensor, source: Tensor, rectifies: bool) -> Tensor:
         """Multiplies by the next gate.

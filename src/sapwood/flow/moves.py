@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VIEWS = (
     "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous",
-    "clone", "to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "data", "movedim", "moveaxis",
+    "clone", "detach", "data", "movedim", "moveaxis",
     "swapaxes", "swapdims", "t", "T", "mT", "roll", "flip", "repeat", "repeat_interleave", "tile", "broadcast_to",
     "expand_as", "view_as", "reshape_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
     "rot90", "ravel", "atleast_2d", "requires_grad", "alias", "cpu", "cuda", "positive", "squeeze_copy",
@@ -41,7 +41,7 @@ SLICES = (
 LAYERS = (
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul", "mm",
     "bmm", "mv", "dot", "vdot", "einsum", "bilinear", "tensordot", "inner", "outer", "kron", "cat", "stack", "hstack",
-    "vstack", "dstack", "column_stack", "embedding_bag", "chain_matmul", "multi_dot", "setitem", "copy", "index_add",
+    "vstack", "dstack", "column_stack", "embedding_bag", "chain_matmul", "multi_dot", "copy", "index_add",
     "index_copy", "index_put", "scatter_add", "masked_scatter", "slice_scatter", "select_scatter", "index_fill",
     "scatter_reduce", "index_reduce", "cartesian_prod", "block_diag", "conv_tbc", "batch_norm",
 )  # fmt: skip
@@ -51,6 +51,24 @@ CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_ta
 def moved(mode: PositiveFlow, call: Call) -> Any:
     """Views and copies: the same flow elsewhere."""
     return _mapped(mode, call, call.values[0].sheet, reduces=False)
+
+
+def recast(mode: PositiveFlow, call: Call) -> Any:
+    """Other precisions: a flow stays in float64."""
+    value = call.values[0]
+    if value.flow.is_floating_point():
+        call = replace(call, function=mode.kept_precise(call.function), original=precise(call.original))
+    return moved(mode, call)
+
+
+def precise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that changes the precision of its first argument, without doing so."""
+
+    def kept(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = function(input, *args, **kwargs)
+        return input.to(result.device) if result.is_floating_point() else result
+
+    return kept
 
 
 def reduced(mode: PositiveFlow, call: Call) -> Any:
@@ -76,20 +94,24 @@ def _mapped(mode: PositiveFlow, call: Call, sheet: Hashable, *, reduces: bool, p
     value = call.values[0]
     flows, shape = pytree.tree_flatten(mode.computed(call, lambda: call.run(lambda v: v.flow)))
     own = reduces or value.reduced or not value.linear
-    bases: list[Any] = [None] * len(flows)
-    if value.base is not None and not reduces:
-        bases = pytree.tree_leaves(call.run(lambda v: v.flow if v.base is None else v.base))
+    bases = _moved(call, value.base, len(flows), reduces)
+    roots = _moved(call, value.root, len(flows), reduces)
 
     def part(index: int, flow: Any) -> Any:
         if not isinstance(flow, Tensor) or not (flow.is_floating_point() or flow.dtype == torch.bool):
             return flow
         probe = _part(call.probe, index) if own else uniform(flow)
         where = (sheet, index) if parts else sheet
-        return replace(
-            value, flow=flow, sheet=where, probe=probe, base=bases[index], reduced=value.reduced or reduces
-        )
+        moved = replace(value, flow=flow, sheet=where, probe=probe, base=bases[index], root=roots[index])
+        return replace(moved, reduced=value.reduced or reduces)
 
     return pytree.tree_unflatten([part(index, flow) for index, flow in enumerate(flows)], shape)
+
+
+def _moved(call: Call, tensor: Tensor | None, count: int, reduces: bool) -> list[Any]:
+    if tensor is None or reduces:
+        return [None] * count
+    return pytree.tree_leaves(call.run(lambda value: tensor if value is call.values[0] else value.flow))
 
 
 def _part(probe: Probe, index: int) -> Probe:
@@ -122,20 +144,30 @@ def cell(mode: PositiveFlow, call: Call) -> Any:
 
 
 def tried(mode: PositiveFlow, call: Call) -> Any:
-    """An operation of which nothing is known: taken where twice the flow gives twice the result, and none negative."""
+    """An operation of which nothing is known: taken where it proves linear and non-negative on flows."""
     result = mode.computed(call, lambda: call.run(lambda v: mode.settled(v, call)))
-    flows = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    flows = _floating(result)
+    if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in pytree.tree_leaves(result)):
+        raise call.refused("gives complex numbers")
     if flows and mode.tries:
+        generator = torch.Generator(flows[0].device).manual_seed(0)
+        noises = {id(v): _noise(v.flow, generator) for v in call.values}
         with torch.no_grad():
-            doubled = pytree.tree_leaves(call.run(lambda v: 2 * mode.settled(v, call)))
-        doubled = [leaf for leaf in doubled if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if not all(_is_twice(a.detach(), b) for a, b in zip(flows, doubled, strict=True)):
+            noise = _floating(call.run(lambda v: noises[id(v)]))
+            mixed = _floating(call.run(lambda v: 2 * mode.settled(v, call) - 3 * noises[id(v)]))
+        linear = all(torch.allclose(2 * f - 3 * n, m, rtol=1e-9) for f, n, m in zip(flows, noise, mixed, strict=True))
+        if not linear or any(bool((flow < 0).any()) for flow in flows):
             raise call.refused("is not known, and when tried is not linear in a non-negative flow")
     return _flows(result, lambda flow, _: mode.fresh(flow, object()))
 
 
-def _is_twice(once: Tensor, twice: Tensor) -> bool:
-    return bool((once >= 0).all()) and torch.allclose(2 * once, twice, rtol=1e-9, atol=0)
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device)
+
+
+def _floating(result: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(result)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _flows(result: Any, value: Any) -> Any:
@@ -149,6 +181,7 @@ def _flows(result: Any, value: Any) -> Any:
 
 RULES: dict[str, Any] = {
     **dict.fromkeys(VIEWS, moved),
+    **dict.fromkeys(("to", "type", "type_as", "float", "double", "half", "bfloat16"), recast),
     **dict.fromkeys(REDUCTIONS, reduced),
     **dict.fromkeys(SLICES, sliced),
     **dict.fromkeys(SPREADS, spread),

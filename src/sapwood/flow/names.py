@@ -17,7 +17,8 @@ ALIASES = {
     "absolute": "abs", "special_softmax": "softmax", "special_log_softmax": "log_softmax", "vector_norm": "norm",
     "special_logsumexp": "logsumexp",
 }  # fmt: skip
-UNTAGGED = frozenset(("hardswish", "logsigmoid", "prelu", "softsign", "tanhshrink"))
+UNTAGGED = frozenset(("hardswish", "log_sigmoid", "logsigmoid", "prelu", "softsign", "tanhshrink"))
+SHARED = frozenset(("max", "min"))  # of two tensors, and over one
 
 
 class Name(NamedTuple):
@@ -38,7 +39,7 @@ def name_of(function: Any) -> Name:
     if text.startswith("__") and text.endswith("__"):
         return _operator(text)
 
-    plain = text.removesuffix("_").removeprefix("linalg_")
+    plain = text.strip("_").removeprefix("linalg_")
     return Name(ALIASES.get(plain, plain), writes=text.endswith("_"))
 
 
@@ -56,8 +57,8 @@ def _operator(text: str) -> Name:
 @cache
 def is_pointwise(name: str) -> bool:
     """Whether torch's own registry says that an operation works entry by entry."""
-    if name in UNTAGGED:
-        return True
+    if name in UNTAGGED or name in SHARED:
+        return name in UNTAGGED
 
     packet = getattr(torch.ops.aten, name, None)
     overloads = () if packet is None else packet.overloads()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sapwood.flow.calls import Call
+from sapwood.flow.moves import layer
 from sapwood.flow.sums import based, hides, one_sided, pending
 from sapwood.flow.values import NEAR, Growth, Value, uniform
 
@@ -23,6 +24,10 @@ def looked_at(mode: PositiveFlow, call: Call) -> Value:
     if any(other.sheet != value.sheet for other in call.values):
         raise call.refused("takes several flows that come through different weights, and is neither sum nor product")
 
+    if value.settled and not value.linear and not value.reduced and len(call.values) == 1:
+        value = Value(value.flow, value.sheet, uniform(value.flow), root=value.root)  # a softmax goes on as a flow
+        call = replace(call, args=(value, *call.args[1:]))
+
     growth = Growth.of(call.probe)
     if not isinstance(growth.high, Tensor) or growth.high.dtype == torch.bool or _is_mask(call):
         return replace(pending(call, value), flow=mode.computed(call, lambda: call.run(lambda v: v.flow)))
@@ -34,7 +39,7 @@ def looked_at(mode: PositiveFlow, call: Call) -> Value:
         base = based(pending(call, value))
         flow = mode.computed(call, lambda: base**growth.order * mode.factor(growth.coefficient.abs()))
         return Value(flow, value.sheet, call.probe, linear=False, base=base)
-    return _rectified(mode, pending(call, value), growth, call)
+    return _rectified(mode, pending(call, value), growth)
 
 
 def _is_mask(call: Call) -> bool:
@@ -51,7 +56,7 @@ def _following(mode: PositiveFlow, call: Call, value: Value, growth: Growth) -> 
         return base.expand(slope.shape) if bool((slope == 1).all()) else base * mode.factor(slope)
 
     flow = mode.computed(call, scaled)
-    flow = mode.gated(flow, base, growth.one_sided)
+    flow = mode.gated(flow, base, growth.rectifies)
     return Value(flow, value.sheet, one_sided(uniform(flow), call.probe))
 
 
@@ -63,12 +68,12 @@ def _of_statistic(mode: PositiveFlow, call: Call, value: Value, growth: Growth) 
     return replace(pending(call, value), flow=flow)
 
 
-def _rectified(mode: PositiveFlow, value: Value, growth: Growth, call: Call) -> Value:
-    """A bounded rectifier (relu6) is shut wherever its input is negative, not only far from zero."""
-    if value.base is None or not bool(growth.high.any()):
+def _rectified(mode: PositiveFlow, value: Value, growth: Growth) -> Value:
+    """A bounded rectifier, as relu6."""
+    if value.base is None:
         return value
-    shut = growth.bounded and not bool(growth.low.any()) and not bool(call.probe(-1.0).any())
-    return replace(value, flow=mode.gated(value.flow, value.base, shut))
+    flow = mode.gated(value.flow, value.base, growth.bounded and growth.rectifies)
+    return value if flow is value.flow else replace(value, flow=flow, root=flow)
 
 
 def chosen(mode: PositiveFlow, call: Call) -> Value:
@@ -84,10 +89,10 @@ def chosen(mode: PositiveFlow, call: Call) -> Value:
         return mode.fresh(flow, (call.name, tuple(v.sheet for v in call.values)))
 
     growth = Growth.of(call.probe)
-    if not growth.flowing or values[0].reduced:
+    if not growth.flowing or values[0].reduced or bool((growth.high < 0).any()):
         return looked_at(mode, call)
     flow = mode.computed(call, lambda: call.run(lambda v: v.flow, mode.shift))
-    flow = mode.gated(flow, based(values[0]), growth.one_sided)
+    flow = mode.gated(flow, based(values[0]), growth.rectifies)
     return Value(flow, values[0].sheet, one_sided(uniform(flow), call.probe))
 
 
@@ -97,6 +102,21 @@ def parametric(mode: PositiveFlow, call: Call) -> Value:
     return looked_at(mode, relu)
 
 
+def filled(mode: PositiveFlow, call: Call) -> Any:
+    """x[mask] = number, the mask being of x's own; else entries that are written into another tensor."""
+    target, where, number = call.args
+    own = isinstance(where, Value) and where.flow.dtype == torch.bool and isinstance(target, Value)
+    if not own or isinstance(number, Value):
+        return layer(mode, call)
+    chosen_call = Call(torch.where, torch.where, "where", (where, number, target), {}, where=call.where)
+    return chosen(mode, chosen_call)
+
+
+def made(mode: PositiveFlow, call: Call) -> Any:
+    """A constant in the shape of a flow."""
+    return mode.cast(call.run(lambda value: value.flow))
+
+
 def identity(mode: PositiveFlow, call: Call) -> Value:
     """Dropout: a flow is not dropped."""
     return call.values[0]
@@ -104,6 +124,12 @@ def identity(mode: PositiveFlow, call: Call) -> Value:
 
 RULES: dict[str, Any] = {
     "prelu": parametric,
+    "setitem": filled,
+    **dict.fromkeys(
+        ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+         "new_full", "new_empty", "new_tensor"),
+        made,
+    ),
     **dict.fromkeys(("where", "maximum", "minimum", "fmax", "fmin", "masked_fill"), chosen),
     **dict.fromkeys(
         ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"),

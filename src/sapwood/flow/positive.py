@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -40,7 +42,7 @@ from sapwood.flow import moves, pointwise, sums
 from sapwood.flow.calls import Call
 from sapwood.flow.layers import BY_NAME, WRITTEN_OUT
 from sapwood.flow.names import is_pointwise, name_of
-from sapwood.flow.values import Growth, Value, uniform
+from sapwood.flow.values import NEAR, Growth, Value, uniform
 
 RULES: dict[str, Any] = {**sums.RULES, **pointwise.RULES, **moves.RULES}
 READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__index__", "__array__"))
@@ -82,6 +84,7 @@ class PositiveFlow(TorchFunctionMode):
         self.paths, self.levelled = paths, level
         self.start = start
         self.checkable = True
+        self.inside = 0  # layers of torch's that are being written out
         self.where = "at the input"
         self.table: dict[int, Entry] = {}
         for leaf in pytree.tree_leaves(inputs):
@@ -104,6 +107,8 @@ class PositiveFlow(TorchFunctionMode):
 
     def known(self, tensor: Tensor) -> Value | None:
         """The value of a tensor; None for a constant."""
+        if isinstance(tensor.grad_fn, BackwardCFunction):
+            self._refuse_unseen(tensor)
         reference, version, value = self.table.get(id(tensor), (None, 0, None))
         if reference is None or reference() is not tensor:
             self._refuse_unseen(tensor)
@@ -133,7 +138,8 @@ class PositiveFlow(TorchFunctionMode):
         name = name_of(func)
         if name.text in READS and any(v and v.flow.is_floating_point() for v in values):
             raise self._call(func, leaves, values, shape).refused("takes a flow's values into Python")
-        written_out = WRITTEN_OUT.get(func, BY_NAME.get(name.text))
+        norm = F.instance_norm if self.paths and func is F.batch_norm else func  # a path does not see an epsilon
+        written_out = WRITTEN_OUT.get(norm, BY_NAME.get(name.text))
         if written_out is not None:
             return self.write_out(written_out, func, args, kwargs)
 
@@ -141,7 +147,7 @@ class PositiveFlow(TorchFunctionMode):
         call = self._call(func, leaves, values, shape)
         if rule is None and not call.writes:
             told = call.run(lambda value: value.flow)
-            if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(told)):
+            if not any(map(_is_real_or_complex, pytree.tree_leaves(told))):
                 return told  # a shape, a dtype, a truth value
         return self._finished(call, (rule or moves.tried)(self, call), leaves)
 
@@ -153,7 +159,8 @@ class PositiveFlow(TorchFunctionMode):
                 self.where = f"at {name!r}"
 
     def _constant(self, func: Any, leaves: list[Any], shape: Any) -> Any:
-        args, kwargs = pytree.tree_unflatten(leaves, shape)
+        known = [self.cast(leaf) if isinstance(leaf, torch.dtype) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(known, shape)
         result = func(*args, **kwargs)
         if name_of(func).text == "embedding" and isinstance(result, Tensor):
             root = self.rooted(result)
@@ -192,9 +199,13 @@ class PositiveFlow(TorchFunctionMode):
         if not isinstance(leaf, Value):
             return leaf
         flow = self.cast(leaf.flow)
-        tensor = flow.view_as(flow) if id(flow) in given or id(flow) in self.table else flow
+        tensor = flow.view_as(flow) if id(flow) in given or self._is_noted(flow) else flow
         self.note(tensor, replace(leaf, flow=tensor if leaf.settled and tensor is flow else flow))
         return tensor
+
+    def _is_noted(self, tensor: Tensor) -> bool:
+        entry = self.table.get(id(tensor))
+        return entry is not None and entry[0]() is tensor
 
     def _overwrite(self, call: Call, tensor: Tensor, value: Value) -> None:
         """What an operation in place leaves in a tensor, and in what it is a part of."""
@@ -213,8 +224,12 @@ class PositiveFlow(TorchFunctionMode):
 
     def write_out(self, written_out: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a layer of torch's as the operations that it consists of."""
-        with self:
-            return written_out(*args, **kwargs)
+        self.inside += 1
+        try:
+            with self:
+                return written_out(*args, **kwargs)
+        finally:
+            self.inside -= 1
 
     def arrived(self, output: Tensor) -> Tensor:
         """The flow that a network's output stands for."""
@@ -239,10 +254,16 @@ class PositiveFlow(TorchFunctionMode):
         return flow
 
     def cast(self, leaf: Any) -> Any:
-        """Floating-point tensors in float64."""
+        """Floating-point tensors, and precisions that are asked for, in float64."""
+        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            return torch.float64
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
             return leaf.double()
         return leaf
+
+    def kept_precise(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that changes the precision of its first argument, without doing so."""
+        return moves.precise(function)
 
     def is_negative(self, constant: Tensor | float) -> bool:
         """Whether a constant turns a flow round; parameters and buffers do not, they are taken by their size."""
@@ -291,7 +312,13 @@ class PositiveFlow(TorchFunctionMode):
         growth = Growth.of(value.probe)
         if growth.flowing and torch.allclose(growth.high, -growth.low):
             return value.flow  # a constant times a flow, which counts by its size
-        if growth.order > 0.01 and bool((growth.high >= 0).all()) or growth.bounded and growth.rises:
+        grows = growth.order > NEAR and bool((growth.high >= 0).all())
+        if grows and growth.order > 0.5:
             return value.flow
+        if grows or growth.bounded and growth.rises:  # logarithms, and what rises to a bound
+            return value.flow if value.root is None else value.root
         raise call.refused("takes a flow that falls, vanishes or turns round as it grows")
 
+
+def _is_real_or_complex(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapwood.flow.calls import Call
-from sapwood.flow.values import Growth, Probe, Value, uniform
+from sapwood.flow.values import NEAR, Growth, Probe, Value, uniform
 
 if TYPE_CHECKING:
     from sapwood.flow.positive import PositiveFlow
@@ -30,7 +30,8 @@ def pending(call: Call, value: Value, probe: Probe | None = None) -> Value:
     probe = probe or call.probe
     flow = spread(value.flow, probe)
     base = None if value.reduced else spread(based(value), probe)
-    return Value(flow, value.sheet, probe, linear=False, settled=False, base=base, reduced=value.reduced)
+    root = base if value.root is None or base is None else spread(value.root, probe)
+    return Value(flow, value.sheet, probe, linear=False, settled=False, base=base, root=root, reduced=value.reduced)
 
 
 def based(value: Value) -> Tensor:
@@ -55,15 +56,23 @@ def added(mode: PositiveFlow, call: Call) -> Value:
     flow = mode.computed(call, lambda: call.run(lambda v: mode.settled(v, call)))
     if a.sheet != b.sheet:
         return mode.fresh(flow, ("add", frozenset((a.sheet, b.sheet))))
-    return _same_kind(a if b.reduced else b, flow, call.probe, both=a.linear and b.linear)
+    rectifies = Growth.of(call.probe).rectifies
+    if rectifies and mode.paths:
+        flow = torch.maximum(a.flow, b.flow)  # x + |x| is one path, as 2 x is
+    flow = mode.gated(flow, based(a), rectifies)
+    return _same_kind(mode, call, a if b.reduced else b, flow, both=a.linear and b.linear)
 
 
-def _same_kind(value: Value, flow: Tensor, probe: Probe, *, both: bool = True) -> Value:
+def _same_kind(mode: PositiveFlow, call: Call, value: Value, flow: Tensor, *, both: bool = True) -> Value:
     """A flow stays one whatever constants it meets; what is measured against it keeps its own size."""
-    linear = value.linear and both
+    linear, probe = value.linear and both, call.probe
+    tensors = [constant for constant in call.constants if isinstance(constant, Tensor)]
     if linear and not value.reduced:
-        probe = one_sided(uniform(flow), probe)
-    return replace(value, flow=flow, probe=probe, linear=linear, settled=True, base=None)
+        signed = any(bool((tensor < 0).any()) for tensor in tensors)
+        probe = uniform(flow) if signed else one_sided(uniform(flow), probe)
+    by_numbers = len(call.values) == 1 and not tensors
+    root = spread(value.flow if value.root is None else value.root, probe) if by_numbers else None
+    return replace(value, flow=flow, probe=probe, linear=linear, settled=True, base=None, root=root)
 
 
 def one_sided(positive: Probe, negative: Probe) -> Probe:
@@ -80,7 +89,7 @@ def _added_constant(mode: PositiveFlow, call: Call, value: Value) -> Value:
         return pending(call, value)
 
     flow = mode.computed(call, lambda: call.run(lambda v: v.flow, mode.shift))
-    return _same_kind(value, flow, call.probe)
+    return _same_kind(mode, call, value, flow)
 
 
 def subtracted(mode: PositiveFlow, call: Call) -> Value:
@@ -92,18 +101,18 @@ def subtracted(mode: PositiveFlow, call: Call) -> Value:
     if not isinstance(b, Value):
         if not a.settled or any(hides(-constant) for constant in call.constants):
             return pending(call, a)
-        return _same_kind(a, mode.computed(call, lambda: spread(a.flow, call.probe)), call.probe)
+        return _same_kind(mode, call, a, mode.computed(call, lambda: spread(a.flow, call.probe)))
 
-    if a.sheet == b.sheet and b.reduced and not a.reduced:
+    if a.sheet == b.sheet and b.reduced and (not a.reduced or _cancel(a, call)):
         return replace(a, flow=mode.computed(call, lambda: spread(a.flow, call.probe)))
     if a.sheet == b.sheet and not (a.settled and b.settled):
         return pending(call, a)
     raise call.refused("subtracts one flow from another")
 
 
-def negated(mode: PositiveFlow, call: Call) -> Value:
-    """-a."""
-    return pending(call, call.values[0])
+def _cancel(value: Value, call: Call) -> bool:
+    """Whether the difference grows less than what is subtracted from, as mean(x^2) - mean(x)^2 does."""
+    return not Growth.of(call.probe).order > Growth.of(value.probe).order - NEAR
 
 
 def multiplied(mode: PositiveFlow, call: Call) -> Value:
@@ -133,7 +142,7 @@ def _scaled(mode: PositiveFlow, call: Call, value: Value) -> Value:
     if all(mode.is_negative(constant) for constant in call.constants):
         return replace(pending(call, value), flow=flow)
     if value.settled:
-        return _same_kind(value, flow, call.probe)
+        return _same_kind(mode, call, value, flow)
     return replace(pending(call, value), flow=flow)
 
 
@@ -161,10 +170,10 @@ def _gated(mode: PositiveFlow, call: Call, value: Value) -> Value:
         limit = torch.where(size > 0, limit / size, 0.0)
     source = value.flow if value.settled else based(value)
     flow = mode.computed(call, lambda: _times(source, mode.factor(limit)))
-    flow = mode.gated(flow, source, growth.one_sided)
+    flow = mode.gated(flow, source, growth.rectifies)
     if value.linear and not value.reduced:
         return Value(flow, value.sheet, uniform(flow))
-    return Value(flow, value.sheet, call.probe, linear=False, base=flow, reduced=value.reduced)
+    return Value(flow, value.sheet, call.probe, linear=False, base=flow, root=source, reduced=value.reduced)
 
 
 def _times(flow: Tensor, limit: Tensor) -> Tensor:
@@ -172,5 +181,5 @@ def _times(flow: Tensor, limit: Tensor) -> Tensor:
 
 
 RULES: dict[str, Any] = {
-    "add": added, "sub": subtracted, "neg": negated, "mul": multiplied, "div": divided,
+    "add": added, "sub": subtracted, "mul": multiplied, "div": divided,
 }  # fmt: skip

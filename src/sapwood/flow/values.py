@@ -38,6 +38,7 @@ class Value:
         linear: It is a flow of its own; its probe grows like t whatever constants have scaled it.
         settled: `flow` is what it stands for; else this is found out where it goes on (see `Flow.settled`).
         base: The last flow that it was computed from, entry by entry; None where entries were brought together.
+        root: The same before numbers have scaled or shifted it; None if none have.
         reduced: It has fewer entries than its sheet, as means and norms have.
     """
 
@@ -47,6 +48,7 @@ class Value:
     linear: bool = True
     settled: bool = True
     base: Tensor | None = None
+    root: Tensor | None = None
     reduced: bool = False
 
 
@@ -68,13 +70,17 @@ class Growth:
         at: The size of the flow.
         high: The value there.
         low: The value where the flow is as large and negative.
-        order: Exponent of t; infinite for exponentials, -inf for what vanishes.
+        below: The value where the flow is -1.
+        slope: How much it grows there with the flow.
+        order: Exponent of t; infinite for exponentials, -inf for what vanishes, NaN for what comes and goes.
         rises: Whether it never falls from there on, and is higher than at the negative end.
     """
 
     at: float
     high: Tensor
     low: Tensor
+    below: Tensor
+    slope: Tensor
     order: float
     rises: bool
 
@@ -90,7 +96,9 @@ class Growth:
         ends = [_peak(point) for point in points]
         pairs = zip(points, points[1:], strict=False)
         steady = all(bool((b >= a - 1e-9 * a.abs()).all()) for a, b in pairs)
-        return cls(large, high, low, _order(ends[0], ends[DOUBLE]), steady and bool((high > low).any()))
+        orders = [_order(ends[i], ends[DOUBLE + i]) for i in (0, 1)]
+        slope = (points[DOUBLE] - high) / large
+        return cls(large, high, low, probe(-1.0), slope, _agreed(*orders), steady and bool((high > low).any()))
 
     @property
     def flowing(self) -> bool:
@@ -105,11 +113,15 @@ class Growth:
     @property
     def coefficient(self) -> Tensor:
         """c in c t^order."""
+        if self.flowing:
+            return self.slope  # without what constants add
         return self.high if math.isinf(self.order) else self.high / self.at**self.order
 
     @property
-    def one_sided(self) -> bool:
-        """Whether it is small where the flow is negative, as a rectifier's output is."""
+    def rectifies(self) -> bool:
+        """Whether it is small where the flow is negative; bounded rectifiers (relu6) are zero there from the start."""
+        if self.bounded:
+            return not bool(self.low.any()) and not bool(self.below.any()) and bool(self.high.any())
         return _peak(self.low) <= 0.5 * _peak(self.high)
 
 
@@ -126,3 +138,10 @@ def _order(first: float, second: float) -> float:
     if math.isinf(first) or math.isinf(second):
         return math.inf
     return round(math.log2(second / first), 6)
+
+
+def _agreed(first: float, second: float) -> float:
+    """The order of a power; exponentials have ever larger ones."""
+    if first == second or abs(first - second) < 0.05:
+        return first
+    return math.inf if min(first, second) > 1 else math.nan
