@@ -113,6 +113,11 @@ def resized(batch: Batch, samples: int) -> Batch:
     return _map(batch, lambda t: t[torch.arange(samples, device=t.device) % t.shape[0]])
 
 
+def small(batch: Batch, samples: int) -> Batch:
+    """The first samples of an unlabelled batch."""
+    return sliced(batch, 0, samples)
+
+
 def parts(batch: Batch, samples: int) -> Iterator[Batch]:
     """An unlabelled batch in pieces of at most `samples`, in order."""
     for start in range(0, size(batch), samples):

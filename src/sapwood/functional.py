@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.func import functional_call
 
 from sapwood.batches import Batch, call, cast, cross_entropy, inputs_of, output_tensor, size, target_of
 from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
-from sapwood.isolation import skeleton, unwrapped
+from sapwood.isolation import RandomState, skeleton, unwrapped
 from sapwood.masks import Masks
 from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
 from sapwood.statistics import BatchStatistics
@@ -32,19 +34,47 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 NOT_A_SCALE = ("bias", "beta", "token", "embed", "pos")
 
 
+class Noise(Enum):
+    """Whether a second pass over the same inputs gives the same outputs."""
+
+    NONE = "none"
+    SEEDED = "the same from the same state of the global random generators"
+    FREE = "another, whatever that state"
+
+
+@dataclass
+class Derivatives:
+    """What is known of a model's derivatives; filled while it is scored.
+
+    Attributes:
+        asked: Names of the parameters that something was differentiated in.
+        found: Names of those that any of it depended on. A derivative that is zero still depends.
+        second: Whether second derivatives were seen to be right.
+    """
+
+    asked: set[str] = field(default_factory=set)
+    found: set[str] = field(default_factory=set)
+    second: bool = False
+
+
 @dataclass(frozen=True)
 class FunctionalModel:
     """A module's structure, its tensors, and how to run it and measure its loss.
 
     Attributes:
         module: The tensor-free copy that is run.
-        params: All parameters by name, detached, float32 or float64. Never written to.
+        params: Copies of all parameters by name, float32 or float64, so that no forward can reach the user's own.
         buffers: All buffers by name. Never written to.
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
         layout: Dimensions of the channels of every prunable weight.
         loss_fn: The user's `loss(output, target)`, the mean over a batch, or None.
         group: Processes that score together, each on its share of the data; None scores alone.
+        written: Names of the parameters that the forward writes into (an embedding with max_norm).
+        unseen: Names of the prunable weights that no operation of the forward takes, as far as was seen.
+        noise: Whether the forward is random in eval mode.
+        derivatives: What is known of its derivatives.
+        state: The random state in which every pass begins; None: passes follow each other.
     """
 
     module: _Runner
@@ -56,6 +86,11 @@ class FunctionalModel:
     loss_fn: Loss | None = None
     group: dist.ProcessGroup | None = None
     norms: tuple[BatchNorm, ...] = field(default=(), repr=False)
+    written: frozenset[str] = frozenset()
+    unseen: tuple[str, ...] = ()
+    noise: Noise = Noise.NONE
+    derivatives: Derivatives = field(default_factory=Derivatives, repr=False)
+    state: RandomState | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -142,11 +177,11 @@ class FunctionalModel:
         for norm in self.norms:
             norm.training = train
         dtype = params.get(self.prunable[0], self.params[self.prunable[0]]).dtype
-        state = {
-            **self.params,
-            **params,
-            **(self.own_buffers() if buffers is None else buffers),
-        }
+        state = {**self.params, **params}
+        state |= {name: state[name].clone() for name in self.written if name not in params}
+        state |= self.own_buffers() if buffers is None else buffers
+        if self.state is not None:
+            self.state.restore()
         try:
             return functional_call(self.module, {f"model.{k}": v for k, v in state.items()}, (cast(batch, dtype),))
         except (SapwoodError, torch.OutOfMemoryError):
@@ -217,7 +252,7 @@ class FunctionalModel:
         for batch in batches:
             leaves = self.leaves(masks)
             loss = self.loss(leaves, batch, temperature=temperature, train=train) * size(batch)
-            for name, gradient in differentiate(loss, leaves).items():
+            for name, gradient in self.differentiate(loss, leaves).items():
                 total[name] += gradient
         return self.summed(total)
 
@@ -232,24 +267,96 @@ class FunctionalModel:
         """Whether piece `index` of a computation that all processes know falls to this one."""
         return self.group is None or index % dist.get_world_size(self.group) == dist.get_rank(self.group)
 
+    def held(self) -> FunctionalModel:
+        """The same model, all of whose passes draw the same noise: for whatever compares two of them.
+
+        Raises:
+            UnsupportedModelError: its noise does not come from the global random generators.
+        """
+        if self.noise is Noise.FREE:
+            raise UnsupportedModelError(
+                "The model gives other outputs in a second pass over the same inputs, and not by torch's, numpy's or "
+                "Python's global random generators, so that passes cannot be compared: turn its random parts off "
+                "(dropout as a function takes training=self.training), or let it draw from the global generators."
+            )
+        if self.noise is Noise.NONE or self.state is not None:
+            return self
+        return replace(self, state=RandomState.now(self.device))
+
+    def differentiate(self, value: Tensor, leaves: Params, *, create_graph: bool = False) -> Params:
+        """Gradients of a scalar by name; zero where it does not depend on a leaf, which is noted in `derivatives`.
+
+        Raises:
+            UnsupportedModelError: it depends on none of them, or cannot be differentiated.
+        """
+        _refuse_constant(value)
+        with differentiating():
+            gradients = torch.autograd.grad(value, list(leaves.values()), create_graph=create_graph, allow_unused=True)
+        return self._noted(leaves, gradients)
+
+    def differentiate_again(self, value: Tensor, leaves: Params) -> Params:
+        """The same for a value that is itself made of derivatives; zero where they are constants.
+
+        By `backward()`, which runs everything that the value was made of. `autograd.grad` runs what lies between the
+        value and the leaves, and so never meets torch's own error for a function that cannot be differentiated twice.
+
+        Raises:
+            UnsupportedModelError: it cannot be differentiated.
+        """
+        if not value.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        for leaf in leaves.values():
+            leaf.grad = None
+        with differentiating():
+            value.backward(retain_graph=True)
+        gradients = [leaf.grad for leaf in leaves.values()]
+        for leaf in leaves.values():
+            leaf.grad = None
+        return self._noted(leaves, gradients)
+
+    def _noted(self, leaves: Params, gradients: Iterable[Tensor | None]) -> Params:
+        found = dict(zip(leaves, gradients, strict=True))
+        self.derivatives.asked.update(leaves)
+        self.derivatives.found.update(name for name, gradient in found.items() if gradient is not None)
+        zeros = {name: torch.zeros_like(leaves[name]) for name, gradient in found.items() if gradient is None}
+        return {name: zeros[name] if gradient is None else gradient for name, gradient in found.items()}
+
+    def unreached(self) -> tuple[str, ...]:
+        """Prunable weights that nothing depended on, of those that something was differentiated in."""
+        missing = self.derivatives.asked - self.derivatives.found
+        return tuple(name for name in self.prunable if name in missing)
+
     def leaves(self, masks: Masks) -> Params:
         """Effective weights w*m as leaves of a new graph."""
         return {name: weight.requires_grad_() for name, weight in masks.apply(self.weights).items()}
 
 
-def differentiate(value: Tensor, leaves: Params, *, create_graph: bool = False) -> Params:
-    """Gradients of a scalar by name; zero where it does not depend on a leaf.
-
-    Raises:
-        UnsupportedModelError: it depends on none of them.
-    """
+def _refuse_constant(value: Tensor) -> None:
     if not value.requires_grad:
         raise UnsupportedModelError(
             "The model's output does not depend on any prunable weight through autograd (a detach, no_grad or integer "
             "cast in its forward?)."
         )
-    gradients = torch.autograd.grad(value, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
-    return dict(zip(leaves, gradients, strict=True))
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Says what autograd's error means for whoever prunes.
+
+    Raises:
+        UnsupportedModelError: autograd failed inside.
+    """
+    try:
+        yield
+    except (SapwoodError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"The model cannot be differentiated as this method needs it: {error}. Where its forward is run again in "
+            "the backward pass (activation checkpointing), turn that off for scoring: "
+            "model.set_grad_checkpointing(False), model.gradient_checkpointing_disable() or your own switch. A "
+            "custom function without a (second) derivative needs one, or a method that takes none ('snip', 'ntk-sap')."
+        ) from error
 
 
 class _Runner(nn.Module):
@@ -266,7 +373,7 @@ class _Runner(nn.Module):
 
 
 def _readable(weight: Weight) -> Tensor:
-    tensor = weight.tensor.detach()
+    tensor = weight.tensor.detach().clone()
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise ScoreError(f"The parameter {weight.name!r} holds NaN or infinite values; nothing can be scored with it.")
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

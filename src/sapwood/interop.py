@@ -29,7 +29,7 @@ def to_torch_prune(masks: Masks, model: nn.Module) -> nn.Module:
     modules = {clean_name(name): module for name, module in model.named_modules()}
     for name, mask in masks.items():
         module, _, leaf = name.rpartition(".")
-        torch_prune.custom_from_mask(modules[module], leaf, mask.to(params[name].device))  # type: ignore[no-untyped-call]
+        torch_prune.custom_from_mask(modules[module], leaf, mask.to(params[name].device))
     return model
 
 

@@ -52,14 +52,10 @@ class Weight:
     @property
     def is_layer_weight(self) -> bool:
         """Whether it is a weight that is pruned by default."""
-        named = "weight" in self.name.rpartition(".")[2] or self.name.endswith("parametrizations.weight.original")
+        _, parametrized, rest = self.name.rpartition("parametrizations.")
+        leaf = rest if parametrized else self.name.rpartition(".")[2]
         layer = all(_is_layer(owner) for owner in self.owners)
-        return self.tensor.dim() >= 2 and layer and (named or self.is_normalised)
-
-    @property
-    def is_normalised(self) -> bool:
-        """Whether it is a factor of a weight under weight_norm, which divides by the norm of every unit's weights."""
-        return self.name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1"))
+        return self.tensor.dim() >= 2 and layer and "weight" in leaf
 
     @property
     def fan_in(self) -> int:
@@ -130,12 +126,6 @@ def select(
             f"{type(model).__name__} has nothing to prune: no weight of a linear, convolution, attention or recurrent "
             "layer is left. Name parameters with include=, or exclude less."
         )
-    for weight in chosen:
-        if weight.is_normalised:
-            raise UnsupportedModelError(
-                f"{weight.name!r} is under weight_norm, where a unit without weights becomes 0/0: remove the "
-                "weight_norm before pruning, or exclude the layer."
-            )
     return chosen
 
 

@@ -77,6 +77,9 @@ class Round:
     collapsed: tuple[str, ...]
 
 
+MANY = 0.1
+"""Share of the kept weights without a score above which it is said."""
+
 OnRound = Callable[[Round, Masks], Any]
 
 
@@ -217,14 +220,16 @@ def iterate(
     for index, (target, keep) in enumerate(budgets, start=1):
         begin = time.perf_counter()
         scores = method.criterion(net, masks, data, generator)
-        _check_scores(scores, net, method)
+        _check_scores(scores, masks, net, method)
         if method.invert:
             scores = {name: -score for name, score in scores.items()}
-        masks = allocate(scores, first if method.regrow else masks, keep)
+        candidates = first if method.regrow else masks
+        masks = allocate(scores, candidates, keep)
         history.append(Round(index, target, keep, time.perf_counter() - begin, masks.collapsed))
         if on_round:
             on_round(history[-1], masks)
     warn_of_collapse(masks)
+    _warn_of_ties(masks, candidates, scores)
     return masks, tuple(history)
 
 
@@ -262,8 +267,21 @@ def warn_of_collapse(masks: Masks) -> None:
         )
 
 
-def _check_scores(scores: Scores, net: FunctionalModel, method: Method) -> None:
-    name_of = type(method.criterion).__name__
+def _warn_of_ties(masks: Masks, candidates: Masks, scores: Scores) -> None:
+    """Says so where the budget ends among scores of zero, so that many weights are kept for where they stand."""
+    zero = {name: candidates[name] & (score == 0) for name, score in scores.items()}
+    kept = sum(int((zero[name] & mask).sum()) for name, mask in masks.items())
+    if kept > MANY * masks.kept and kept < sum(int(entries.sum()) for entries in zero.values()):
+        warnings.warn(
+            f"{kept:,} of the {masks.kept:,} weights that are kept have the score 0 and are kept for their position "
+            "only: fewer weights than the budget matter to this score (dead units? a loss that few layers reach?).",
+            SapwoodWarning,
+            stacklevel=5,
+        )
+
+
+def _check_scores(scores: Scores, masks: Masks, net: FunctionalModel, method: Method) -> None:
+    name_of = getattr(method.criterion, "__name__", type(method.criterion).__name__)
     for name, weight in net.weights.items():
         if name not in scores or scores[name].shape != weight.shape:
             came = tuple(scores[name].shape) if name in scores else "none"
@@ -273,3 +291,15 @@ def _check_scores(scores: Scores, net: FunctionalModel, method: Method) -> None:
                 f"{name_of} gave NaN or infinite scores in {name!r}: check the model's outputs and loss on this input "
                 "(exploding activations without normalisation?)."
             )
+    if unreached := net.unreached():
+        raise ScoreError(
+            f"{name_of} has nothing to score {unreached[0]!r} by ({len(unreached)} such weights): what it "
+            "differentiates does not depend on them. Is the layer used in training mode only, behind a detach or "
+            f"no_grad, or not at all? Leave it out with exclude={unreached!r}, or give inputs that reach it."
+        )
+    if not any(bool((score[masks[name]] != 0).any()) for name, score in scores.items()):
+        raise ScoreError(
+            f"{name_of} gave every weight that is left the score 0, which ranks nothing: a saturated or constant loss "
+            "(cross-entropy of one logit), weights that are all zero, activations that are all dead, or a network that "
+            "earlier rounds have cut in two. Look at the loss and the outputs on this input, or prune less."
+        )

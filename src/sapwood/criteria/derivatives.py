@@ -10,15 +10,26 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sapwood.batches import Batch, inputs_of, samples
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.witness import look_at_second_derivatives
 
 
 @contextmanager
-def twice_differentiable(net: FunctionalModel) -> Iterator[None]:
-    """Fused attention kernels, and cuDNN's recurrent ones, have no second derivative; the plain ones do."""
+def twice_differentiable(net: FunctionalModel, batch: Batch, *, temperature: float = 1.0) -> Iterator[None]:
+    """Fused attention kernels, and cuDNN's recurrent ones, have no second derivative; the plain ones do.
+
+    Args:
+        net: The model.
+        batch: A batch, on one sample of which its second derivatives are looked at.
+        temperature: What logits are divided by before the loss.
+
+    Raises:
+        UnsupportedModelError: they are not what autograd says (see `look_at_second_derivatives`).
+    """
     recurrent = any(isinstance(module, nn.RNNBase) for module in net.module.modules())
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=not recurrent):
+        look_at_second_derivatives(net, batch, temperature)
         yield
 
 
@@ -39,4 +50,4 @@ def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_
     buffers = net.calibrated(effective, inputs_of(batch)) if batch_statistics else None
     for sample in samples(batch):
         leaves = net.leaves(masks)
-        yield differentiate(net.loss(leaves, sample, train=False, buffers=buffers), leaves)
+        yield net.differentiate(net.loss(leaves, sample, train=False, buffers=buffers), leaves)

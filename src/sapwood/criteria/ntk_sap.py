@@ -49,7 +49,7 @@ from torch import Tensor
 from sapwood.batches import Batch, parts, size
 from sapwood.criteria.monte_carlo import MonteCarlo, mask_leaves
 from sapwood.errors import ConfigError, UnsupportedModelError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 
@@ -80,6 +80,7 @@ class NtkSap(MonteCarlo):
         self, net: FunctionalModel, masks: Masks, params: Params, direction: Params, batch: Batch
     ) -> Params:
         """That of `output_change` under the perturbation sqrt(epsilon) x direction."""
+        net = net.held()
         noise = {name: math.sqrt(self.epsilon) * normal for name, normal in direction.items()}
         chunked = 0 < self.chunk_size < size(batch)
         if self.merged_statistics and not chunked:
@@ -97,6 +98,7 @@ class NtkSap(MonteCarlo):
 
 def mask_gradient(net: FunctionalModel, masks: Masks, params: Params, noise: Params, batch: Batch) -> Params:
     """Gradient of `output_change` with respect to the masks, BatchNorm calibrated on the batch under w*m."""
+    net = net.held()
     return _gradient(net, masks, params, noise, batch, _statistics(net, masks, params, batch, merged=False))
 
 
@@ -131,12 +133,12 @@ def _gradient(
     net: FunctionalModel, masks: Masks, params: Params, noise: Params, batch: Batch, buffers: Params
 ) -> Params:
     leaves = mask_leaves(net, masks, params)
-    return differentiate(output_change(net, leaves, params, noise, batch, buffers), leaves)
+    return net.differentiate(output_change(net, leaves, params, noise, batch, buffers), leaves)
 
 
 def _merged_gradient(net: FunctionalModel, masks: Masks, params: Params, noise: Params, batch: Batch) -> Params:
     leaves, buffers = mask_leaves(net, masks, params), net.own_buffers()
-    return differentiate(output_change(net, leaves, params, noise, batch, buffers, record=True), leaves)
+    return net.differentiate(output_change(net, leaves, params, noise, batch, buffers, record=True), leaves)
 
 
 def _statistics(net: FunctionalModel, masks: Masks, params: Params, batch: Batch, *, merged: bool) -> Params:

@@ -29,7 +29,7 @@ from sapwood.batches import Batch, Data
 from sapwood.criteria.channels import check_structure, structured
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ConfigError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 
@@ -66,11 +66,11 @@ class ProsPr:
         """Scores every weight; pruned ones get 0."""
         batches = itertools.cycle(data.labelled())
         gates = {name: masks[name].to(weight.dtype).requires_grad_() for name, weight in net.weights.items()}
-        with twice_differentiable(net):
+        with twice_differentiable(net, data.labelled()[0]):
             start = {name: weight * gates[name] for name, weight in net.weights.items()}
             trained = self._trained(net, masks, start, [next(batches) for _ in range(self.steps)])
             loss = net.loss(trained, next(batches), train=self.batch_statistics)
-            gradient = differentiate(loss, gates)
+            gradient = net.differentiate_again(loss, gates)
         kept = {name: gradient[name] * masks[name] for name in gates}
         return {name: score.abs() for name, score in structured(net, net.summed(kept), self.structure).items()}
 
@@ -81,7 +81,7 @@ class ProsPr:
         velocity: Params = {}
         for batch in batches:
             loss = net.loss(params, batch, train=self.batch_statistics)
-            gradient = masks.apply(differentiate(loss, params, create_graph=not self.first_order))
+            gradient = masks.apply(net.differentiate(loss, params, create_graph=not self.first_order))
             velocity = {n: self.momentum * velocity[n] + g if velocity else g for n, g in gradient.items()}
             params = {name: parameter - self.lr * velocity[name] for name, parameter in params.items()}
         return params

@@ -58,7 +58,12 @@ class PX:
             leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
             start = filled(resized(batch, 1), lambda t: torch.ones_like(t, dtype=torch.float64))
             found = flow_gradient(
-                net, squares, leaves, start, lambda: statistics(net, torch.square), lambda values: (paths * values).sum()
+                net,
+                squares,
+                leaves,
+                start,
+                lambda: statistics(net, torch.square),
+                lambda values: (paths * values).sum(),
             )
             for name, gradient in found.items():
                 total[name] += gradient
@@ -81,9 +86,7 @@ class PX:
 def _auxiliary(net: FunctionalModel, masks: Masks, value: Callable[[Tensor], Tensor]) -> Params:
     """All parameters in float64 as an auxiliary network has them, under the masks."""
     params = {
-        name: torch.zeros_like(p, dtype=torch.float64)
-        if is_constant(name)
-        else value(p.double())
+        name: torch.zeros_like(p, dtype=torch.float64) if is_constant(name) else value(p.double())
         for name, p in net.params.items()
         if p.is_floating_point()
     }

@@ -29,7 +29,7 @@ from torch import Tensor
 from sapwood.batches import Batch, Data, size, target_of
 from sapwood.criteria.channels import pooled
 from sapwood.errors import DataError, unknown_name
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 ERRORS = ("linear", "loss")
@@ -57,7 +57,7 @@ class Skeletonization:
         total = {name: torch.zeros_like(weight) for name, weight in effective.items()}
         for batch in data.labelled():
             leaves = net.leaves(masks)
-            for name, gradient in differentiate(self._error(net, leaves, batch), leaves).items():
+            for name, gradient in net.differentiate(self._error(net, leaves, batch), leaves).items():
                 total[name] -= effective[name] * gradient
         return pooled(net, net.summed(total), inputs=True)
 

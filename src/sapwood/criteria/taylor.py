@@ -25,7 +25,7 @@ from sapwood.batches import Batch, Data
 from sapwood.criteria.channels import check_structure, structured
 from sapwood.criteria.derivatives import sample_gradients
 from sapwood.errors import unknown_name
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 PER = ("batch", "sample")
@@ -66,4 +66,4 @@ class Taylor:
             yield from sample_gradients(net, masks, batch, batch_statistics=self.batch_statistics)
         else:
             leaves = net.leaves(masks)
-            yield differentiate(net.loss(leaves, batch, train=self.batch_statistics), leaves)
+            yield net.differentiate(net.loss(leaves, batch, train=self.batch_statistics), leaves)

@@ -85,4 +85,3 @@ def _unit(net: FunctionalModel) -> Params:
     fills = {"running_mean": torch.zeros_like, "running_var": torch.ones_like}
     found = {name: b.double() if b.is_floating_point() else b.clone() for name, b in net.buffers.items()}
     return {name: fills.get(name.rpartition(".")[2], torch.clone)(buffer) for name, buffer in found.items()}
-

@@ -17,9 +17,10 @@ from sapwood.batches import Batch, Data, filled, resized
 from sapwood.flow import PositiveFlow
 from sapwood.flow.pooling import AVERAGES
 from sapwood.flow.state import is_constant, statistics
-from sapwood.functional import Forward, FunctionalModel, differentiate
-from sapwood.isolation import isolated, unwrapped
+from sapwood.functional import Forward
+from sapwood.isolation import device_of, isolated, unwrapped
 from sapwood.masks import Masks, clean_name
+from sapwood.witness import opened
 
 
 def effective(
@@ -61,17 +62,18 @@ def effective(
     """
     core = unwrapped(model)
     masks.check(dict(core.named_parameters()), strict=False)
-    device = next(core.parameters()).device
+    device = device_of(core)
     with isolated(0, device):
-        net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
-        template = Data.collect(batches, input_shape, device).templates()[0]
+        data = Data.collect(batches, input_shape, device)
+        net = opened(core, data, masked=tuple(masks), include=tuple(masks), forward=forward, zero_init="keep")
+        template = data.templates()[0]
         ones = filled(resized(template, 1), lambda t: torch.ones_like(t, device=device, dtype=torch.float64))
         leaves = {n: _probe(n, p, masks.get(clean_name(n))) for n, p in net.params.items() if p.is_floating_point()}
         wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}
         state = statistics(net, torch.abs)
         with PositiveFlow(ones, {**leaves, **state}, pools=AVERAGES, paths=True, level=True) as flow:
             output = flow.arrived(net.outputs(leaves, ones, buffers=state))
-        gradient = {clean_name(n): g for n, g in differentiate(output.sum(), wanted).items()}
+        gradient = {clean_name(n): g for n, g in net.differentiate(output.sum(), wanted).items()}
     return Masks({n: mask & (gradient[n] != 0).to(mask.device) for n, mask in masks.items()}, masks.provenance)
 
 
@@ -81,4 +83,3 @@ def _probe(name: str, parameter: Tensor, mask: Tensor | None) -> Tensor:
         return torch.zeros_like(parameter, dtype=torch.float64)
     ones = torch.ones_like(parameter) if mask is None else mask.to(parameter.device)
     return ones.double() / (parameter[0].numel() if parameter.dim() > 1 else 1)
-

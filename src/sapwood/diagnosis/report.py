@@ -15,7 +15,7 @@ from sapwood.diagnosis.paths import effective
 from sapwood.errors import SapwoodError
 from sapwood.fresh import normal
 from sapwood.functional import Forward, FunctionalModel
-from sapwood.isolation import isolated, unwrapped
+from sapwood.isolation import device_of, isolated, unwrapped
 from sapwood.masks import Masks, clean_name, text_table
 from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
@@ -146,7 +146,7 @@ def diagnose(
     """
     core = unwrapped(model)
     live = effective(core, masks, input_shape=input_shape, batches=batches, forward=forward)
-    device = next(core.parameters()).device
+    device = device_of(core)
     with isolated(seed, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
         template = Data.collect(batches, input_shape, device).templates()[0]

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sapwood.flow.calls import Call
-from sapwood.flow.values import Value
-
 if TYPE_CHECKING:
-    from sapwood.flow.positive import PositiveFlow
+    pass
 
 
 def _scale(input: Tensor, weight: Tensor | None, bias: Tensor | None, channel_axis: int | None = None) -> Tensor:

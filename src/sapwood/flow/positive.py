@@ -315,7 +315,7 @@ class PositiveFlow(TorchFunctionMode):
         grows = growth.order > NEAR and bool((growth.high >= 0).all())
         if grows and growth.order > 0.5:
             return value.flow
-        if grows or growth.bounded and growth.rises:  # logarithms, and what rises to a bound
+        if grows or (growth.bounded and growth.rises):  # logarithms, and what rises to a bound
             return value.flow if value.root is None else value.root
         raise call.refused("takes a flow that falls, vanishes or turns round as it grows")
 

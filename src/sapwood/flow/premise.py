@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from sapwood.batches import Batch, filled
 from sapwood.errors import UnsupportedModelError
 from sapwood.flow.positive import PositiveFlow
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 
 SLACK = 1e-6
 START = "the input"  # no parameter's name has a blank in it
@@ -53,11 +52,13 @@ def flow_gradient(
     """
     start = torch.ones((), dtype=torch.float64, device=net.device, requires_grad=True)
     total, checkable = _total(net, {**params, **leaves}, ones, buffers, counted, start)
-    gradient = differentiate(total, {**leaves, START: start})
+    gradient = net.differentiate(total, {**leaves, START: start})
     slope = gradient.pop(START)
     if checkable:
         _check_signs(total, gradient)
-        _check_growth(net, total, slope, lambda: _total(net, {**params, **leaves}, ones, buffers, counted, 0 * start)[0])
+        _check_growth(
+            net, total, slope, lambda: _total(net, {**params, **leaves}, ones, buffers, counted, 0 * start)[0]
+        )
     return gradient
 
 

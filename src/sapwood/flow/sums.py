@@ -45,7 +45,7 @@ def spread(flow: Tensor, probe: Probe) -> Tensor:
 
 
 def added(mode: PositiveFlow, call: Call) -> Value:
-    """a + b."""
+    """A + b."""
     if len(call.values) == 1:
         return _added_constant(mode, call, call.values[0])
 
@@ -93,7 +93,7 @@ def _added_constant(mode: PositiveFlow, call: Call, value: Value) -> Value:
 
 
 def subtracted(mode: PositiveFlow, call: Call) -> Value:
-    """a - b: what centres is dropped."""
+    """A - b: what centres is dropped."""
     a, b = call.operands
     if not isinstance(a, Value):
         return pending(call, b)
@@ -116,7 +116,7 @@ def _cancel(value: Value, call: Call) -> bool:
 
 
 def multiplied(mode: PositiveFlow, call: Call) -> Value:
-    """a * b."""
+    """A * b."""
     if len(call.values) == 1:
         return _scaled(mode, call, call.values[0])
 
@@ -137,7 +137,7 @@ def multiplied(mode: PositiveFlow, call: Call) -> Value:
 
 
 def _scaled(mode: PositiveFlow, call: Call, value: Value) -> Value:
-    """a * constant, or a / constant; constants are positive, as weights are."""
+    """A * constant, or a / constant; constants are positive, as weights are."""
     flow = mode.computed(call, lambda: call.run(lambda v: v.flow, mode.factor))
     if all(mode.is_negative(constant) for constant in call.constants):
         return replace(pending(call, value), flow=flow)
@@ -147,7 +147,7 @@ def _scaled(mode: PositiveFlow, call: Call, value: Value) -> Value:
 
 
 def divided(mode: PositiveFlow, call: Call) -> Value:
-    """a / b."""
+    """A / b."""
     a, b = call.operands
     if not isinstance(b, Value):
         return _scaled(mode, call, a)

@@ -12,6 +12,7 @@ what it is without any list of names:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Growth:
         low = probe(-large).double().nan_to_num(nan=-math.inf, neginf=-math.inf)  # logarithms and roots have none
         high = points[0]
         ends = [_peak(point) for point in points]
-        pairs = zip(points, points[1:], strict=False)
+        pairs = itertools.pairwise(points)
         steady = all(bool((b >= a - 1e-9 * a.abs()).all()) for a, b in pairs)
         orders = [_order(ends[i], ends[DOUBLE + i]) for i in (0, 1)]
         slope = (points[DOUBLE] - high) / large
@@ -112,7 +113,7 @@ class Growth:
 
     @property
     def coefficient(self) -> Tensor:
-        """c in c t^order."""
+        """The factor of t^order."""
         if self.flowing:
             return self.slope  # without what constants add
         return self.high if math.isinf(self.order) else self.high / self.at**self.order

@@ -16,9 +16,10 @@ from sapwood.criteria.ntk_sap_analytic import NtkSapAnalytic
 from sapwood.errors import ConfigError
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import isolated, unwrapped
+from sapwood.isolation import device_of, isolated, unwrapped
 from sapwood.masks import Masks, clean_name, text_table
 from sapwood.prunable import Pattern
+from sapwood.witness import opened
 
 LIMIT = 0.25
 """Standard deviation of log(closed form / Monte Carlo) between layers up to which the allocation stands."""
@@ -120,10 +121,10 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
         raise ConfigError(f"draws is {draws} and epsilon {epsilon}; draws must be 2 or more, epsilon above 0.")
     begin = time.perf_counter()
     core = unwrapped(model)
-    device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
+    device = device_of(core)
     with isolated(seed, device):
         data = Data.collect(None, input_shape, device)
-        net = FunctionalModel.of(core, include=include, exclude=exclude)
+        net = opened(core, data, include=include, exclude=exclude)
         masks = Masks.dense(net.weights) if masks is None else masks.to(device)
         masks.check(net.weights, strict=False)
         closed = NtkSapAnalytic(epsilon=epsilon).gradient(net, masks, data)

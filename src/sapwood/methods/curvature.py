@@ -11,7 +11,7 @@ from torch import Tensor
 from sapwood.batches import Batch, Data, size
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ScoreError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 
@@ -32,20 +32,21 @@ def inverse_fisher(net: FunctionalModel, masks: Masks, data: Data, width: int, d
 
 def hessian(net: FunctionalModel, masks: Masks, data: Data) -> Tensor:
     """Of the mean loss with respect to the kept weights, float64; pruned weights have the rows and columns of I."""
-    with twice_differentiable(net):
-        return _hessian(net, masks, data.labelled())
+    batches = data.labelled()
+    with twice_differentiable(net, batches[0]):
+        return _hessian(net, masks, batches)
 
 
 def _hessian(net: FunctionalModel, masks: Masks, batches: Sequence[Batch]) -> Tensor:
     leaves = net.leaves(masks)
     loss = torch.stack([net.loss(leaves, batch, train=False) * size(batch) for batch in batches]).sum()
-    slope = differentiate(loss / sum(size(batch) for batch in batches), leaves, create_graph=True)
+    slope = net.differentiate(loss / sum(size(batch) for batch in batches), leaves, create_graph=True)
     entries = torch.cat([part.flatten() for part in slope.values()])
     kept = torch.cat([masks[name].flatten() for name in leaves])
     matrix = torch.eye(len(entries), dtype=torch.float64, device=net.device)
     for index in kept.nonzero().flatten().tolist() if entries.requires_grad else ():
-        row = torch.autograd.grad(entries[index], list(leaves.values()), retain_graph=True, materialize_grads=True)
-        matrix[index] = torch.cat([part.flatten() for part in row]).double() * kept
+        row = net.differentiate_again(entries[index], leaves)
+        matrix[index] = torch.cat([part.flatten() for part in row.values()]).double() * kept
     return (matrix + matrix.mT) / 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from sapwood.allocation import target_density
 from sapwood.batches import Batch, Data
 from sapwood.diagnosis import diagnose
+from sapwood.errors import SapwoodWarning
 from sapwood.functional import Forward, FunctionalModel, Loss
-from sapwood.isolation import isolated, unwrapped
+from sapwood.isolation import device_of, isolated, unwrapped
 from sapwood.masks import Masks, clean_names, fingerprint
 from sapwood.methods.table import METHOD_FIELDS, configured, find, settings
 from sapwood.prunable import Pattern, select
 from sapwood.pruning import Criterion, OnRound, Procedure, Result
+from sapwood.witness import opened
 
 
 def prune(  # noqa: PLR0913  # the front door: every argument but the model is a keyword
@@ -103,15 +106,16 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     recipe = configured(name, found, fields)
     density = _density(recipe, density, sparsity, compression)
     core = unwrapped(model)
-    device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
+    device = device_of(core)
     with isolated(seed, device):
         data = Data.collect(batches, input_shape, device)
-        net = FunctionalModel.of(
-            core, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
+        net = opened(
+            core, data, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
         generator = torch.Generator(net.device).manual_seed(seed)
         options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
         masks, history, params = recipe.run(net, data, density, generator, **options)
+        _warn_of_unseen(net)
     masks = Masks(clean_names(masks), _provenance(name, recipe, seed, density, core))
     seconds = time.perf_counter() - begin
     diagnosis = None
@@ -126,6 +130,17 @@ def prunable(
 ) -> dict[str, Tensor]:
     """The weights that `prune` would prune, by name, in order; tied weights once."""
     return {weight.name: weight.tensor for weight in select(unwrapped(model), include, exclude)}
+
+
+def _warn_of_unseen(net: FunctionalModel) -> None:
+    """Says which layers the method cannot have known to be idle; whatever differentiates finds that out itself."""
+    if net.unseen and not net.derivatives.asked:
+        warnings.warn(
+            f"{len(net.unseen)} of {len(net.prunable)} prunable weights are not run by the forward on this input, "
+            f"{net.unseen[0]!r} first, and yet count into the budget: exclude={net.unseen!r} leaves them out.",
+            SapwoodWarning,
+            stacklevel=3,
+        )
 
 
 def _as_held(params: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:

@@ -102,8 +102,8 @@ class Ntt:
         if keep == first.kept:
             return Found(first, ())
         masks, history = first, list[Round]()
-        with twice_differentiable(net):
-            student = _Student(self, net, data, generator)
+        student = _Student(self, net.held(), data, generator)
+        with twice_differentiable(net, student.draw()):
             for index in range(1, self.rounds + 1):
                 begin = time.perf_counter()
                 masks = allocate({name: student.params[name].abs() for name in net.prunable}, first, keep)
@@ -170,8 +170,7 @@ class _Student:
         distance = (outputs - target).square().sum() / size(batch) / self.scales[0]
         mismatch = mean_square_between(kernel - target_kernel) / self.scales[1]
         loss = distance + self.ntt.gamma**2 * mismatch
-        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        named = dict(zip(leaves, gradients, strict=True))
+        named = self.net.differentiate_again(loss, leaves)
         for name, gradient in named.items() if self.ntt.straight_through else masks.apply(named).items():
             self.params[name].grad = gradient
         self.optimizer.step()

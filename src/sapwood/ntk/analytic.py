@@ -27,9 +27,8 @@ from torch import Tensor, fx, nn
 
 from sapwood.batches import inputs_of
 from sapwood.errors import UnsupportedModelError, unknown_name
-from sapwood.isolation import isolated, unwrapped
+from sapwood.isolation import device_of, isolated, unwrapped
 from sapwood.masks import Masks
-from sapwood.ntk.gram import device_of
 from sapwood.ntk.options import MEMORY, PARAMETRIZATIONS
 from sapwood.ntk.outputs import Parameters
 from sapwood.ntk.recursions import FUNCTIONS, MODULES, SUMS, Limit, Unit, added, no_rule

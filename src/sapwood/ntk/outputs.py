@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sapwood.batches import Batch, inputs_of, size, sliced
+from sapwood.batches import Batch, Data, inputs_of, size, sliced
 from sapwood.errors import ConfigError, DataError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import unwrapped
+from sapwood.isolation import device_of, unwrapped
 from sapwood.masks import Masks, clean_name
 from sapwood.ntk.options import Keywords, Options
 from sapwood.prunable import Pattern, all_weights
+from sapwood.witness import opened
 
 Parameters = Iterable[Pattern] | Pattern | None
 
@@ -109,7 +110,10 @@ class Outputs:
         """
         chosen, core = Options(**options), unwrapped(model)
         _refuse_random_layers(core, chosen)
-        net = FunctionalModel.of(core, include=parameters or (), forward=chosen.forward, zero_init="keep")
+        batch = _checked(inputs_of(x), device_of(core))
+        net = opened(
+            core, Data((batch,)), masked=masks or (), include=parameters or (), forward=chosen.forward, zero_init="keep"
+        )
         if parameters is not None:
             net = replace(net, prunable=_named(core, net, parameters))
         if net.norms and chosen.batchnorm is None:
@@ -123,7 +127,6 @@ class Outputs:
         if masks is not None:
             masks.check(net.params, strict=False)
         params = net.params if masks is None else _masked(net.params, masks)
-        batch = _checked(inputs_of(x), net.device)
         groups = tuple(Piece(part, start, None) for start, part in _parts(batch, chosen, net))
         draft = cls(net, params, _columns(net, masks, chosen), groups, size(batch), 0, False, chosen)
         return draft._measured()
