@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,19 +53,13 @@ class PX:
         """Scores every weight; pruned ones get 0 through the mask."""
         squares = _auxiliary(net, masks, torch.square)
         ones = _auxiliary(net, masks, torch.ones_like)
+        squared = partial(statistics, net, torch.square)
         total = {name: torch.zeros_like(squares[name]) for name in net.prunable}
         for batch in data.inputs():
             paths = self.activated(net, masks, ones, batch)
             leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
             start = filled(resized(batch, 1), lambda t: torch.ones_like(t, dtype=torch.float64))
-            found = flow_gradient(
-                net,
-                squares,
-                leaves,
-                start,
-                lambda: statistics(net, torch.square),
-                lambda values: (paths * values).sum(),
-            )
+            found = flow_gradient(net, squares, leaves, start, squared, partial(_weighted, paths))
             for name, gradient in found.items():
                 total[name] += gradient
         return {name: squares[name] * gradient for name, gradient in net.summed(total).items()}
@@ -79,8 +74,13 @@ class PX:
             squared = filled(batch, lambda t: t.double().square())
             state = statistics(net, lambda buffer: (buffer != 0).double())
             with Replay(record.gates, squared, {**ones, **state}) as replay:
-                paths = replay.arrived(net.outputs(ones, squared, buffers=state))
+                paths: Tensor = replay.arrived(net.outputs(ones, squared, buffers=state))
         return paths.sum(0, keepdim=True)
+
+
+def _weighted(paths: Tensor, values: Tensor) -> Tensor:
+    """sum_k J_k K_k."""
+    return (paths * values).sum()
 
 
 def _auxiliary(net: FunctionalModel, masks: Masks, value: Callable[[Tensor], Tensor]) -> Params:

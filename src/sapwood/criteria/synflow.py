@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,5 +55,5 @@ def flow_scores(net: FunctionalModel, masks: Masks, data: Data, positive: Callab
     params = {name: non_negative(p, positive) for name, p in net.params.items()}
     kept = masks.apply({name: params[name] for name in net.prunable})
     leaves = {name: weight.requires_grad_() for name, weight in kept.items()}
-    gradient = flow_gradient(net, params, leaves, ones, lambda: statistics(net, positive))
+    gradient = flow_gradient(net, params, leaves, ones, partial(statistics, net, positive))
     return {name: (leaf.detach() * gradient[name]).abs() for name, leaf in leaves.items()}

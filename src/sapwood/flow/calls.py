@@ -109,8 +109,8 @@ class Call:
     def refused(self, reason: str) -> UnsupportedModelError:
         """The error for what cannot be part of a positive flow."""
         return UnsupportedModelError(
-            f"{self.name} ({self.where}) {reason}, so that the model is no positive flow, which synflow, synflow-l2, px "
-            "and the diagnosis of paths need; ntk-sap, snip and grasp take it as it is."
+            f"{self.name} ({self.where}) {reason}, so that the model is no positive flow, which synflow, synflow-l2, "
+            "px and the diagnosis of paths need; ntk-sap, snip and grasp take it as it is."
         )
 
 

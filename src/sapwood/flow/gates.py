@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,8 @@ from sapwood.errors import UnsupportedModelError
 from sapwood.flow.calls import Call
 from sapwood.flow.positive import PositiveFlow
 from sapwood.flow.values import Value
+
+MISSING = torch.empty(0)
 
 
 class Record(PositiveFlow):
@@ -27,7 +30,7 @@ class Record(PositiveFlow):
         gates: One a function of a flow, of its shape: True where its input is positive; None for what never shuts.
     """
 
-    tries = False
+    tries: ClassVar[bool] = False
 
     def __init__(self, inputs: Any, named: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(inputs, named)
@@ -52,7 +55,7 @@ class Record(PositiveFlow):
         return function
 
     def write_out(self, written_out: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a layer of torch's as it is; what is known of its result comes from the operations that it consists of."""
+        """Runs a layer of torch's as it is; what is known of its result comes from the operations written out."""
         like = pytree.tree_leaves(super().write_out(written_out, func, args, kwargs))
         leaves, shape = pytree.tree_flatten(func(*args, **kwargs))
         for shown, leaf in zip(like, leaves, strict=True):
@@ -88,10 +91,12 @@ class Replay(PositiveFlow):
         Raises:
             UnsupportedModelError: the pass does not call the same functions on the same shapes as the recorded one.
         """
-        gate = None if self.inside else next(self.gates, False)
+        if self.inside:
+            return flow
+        gate = next(self.gates, MISSING)
         if gate is None:
             return flow
-        if gate is False or gate.shape != source.shape:
+        if gate.shape != source.shape or gate is MISSING:
             raise UnsupportedModelError(
                 "The model does not call the same activation functions whatever its weights are (does its forward "
                 "depend on values?), so that paths cannot be followed through it; synflow-l2 needs no activations."

@@ -65,7 +65,8 @@ def _batch_norm(
     """With the batch's own statistics it is a norm like the others; with running ones a constant scale."""
     if training:
         return _scale(input, weight, bias, channel_axis=1)
-    return torch.batch_norm(input, weight, bias, mean, var, False, momentum, eps, False)
+    output: Tensor = torch.batch_norm(input, weight, bias, mean, var, False, momentum, eps, False)
+    return output
 
 
 def _softmax(input: Tensor, dim: int | None = None, *_: Any, dtype: Any = None, **__: Any) -> Tensor:
@@ -87,7 +88,8 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 
 
 def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
-    return input / input.norm(p, dim, keepdim=True).clamp_min(eps)
+    normed: Tensor = input / input.norm(p, dim, keepdim=True).clamp_min(eps)
+    return normed
 
 
 def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -199,7 +201,10 @@ def _multi_head_attention(
     parts = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
     split = [x.unflatten(-1, (heads, width // heads)).movedim(-2, 0).movedim(1, -2) for x in parts]
     mask = _head_mask(options, split[0], heads)
-    mixed = _attention(*split, attn_mask=mask).movedim(-2, 1).movedim(0, -2).flatten(-2)  # (heads, ..., length, width)
+    queries, keys, values = split
+    mixed = (
+        _attention(queries, keys, values, mask).movedim(-2, 1).movedim(0, -2).flatten(-2)
+    )  # (heads, ..., length, width)
     return F.linear(mixed, options["out_proj_weight"], options["out_proj_bias"]), None
 
 

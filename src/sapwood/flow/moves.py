@@ -20,8 +20,9 @@ VIEWS = (
     "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous",
     "clone", "detach", "data", "movedim", "moveaxis",
     "swapaxes", "swapdims", "t", "T", "mT", "roll", "flip", "repeat", "repeat_interleave", "tile", "broadcast_to",
-    "expand_as", "view_as", "reshape_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
-    "rot90", "ravel", "atleast_2d", "requires_grad", "alias", "cpu", "cuda", "positive", "squeeze_copy",
+    "expand_as", "view_as", "reshape_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "native_channel_shuffle", "rot90", "ravel", "atleast_2d", "requires_grad",
+    "alias", "cpu", "cuda", "positive", "squeeze_copy",
 )  # fmt: skip
 REDUCTIONS = (
     "sum", "mean", "nansum", "nanmean", "amax", "amin", "max", "min", "norm", "logsumexp", "median", "quantile",

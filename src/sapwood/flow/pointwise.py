@@ -52,10 +52,7 @@ def _following(mode: PositiveFlow, call: Call, value: Value, growth: Growth) -> 
     base = value.flow if value.linear else based(skeleton)
     slope = growth.coefficient
 
-    def scaled() -> Tensor:
-        return base.expand(slope.shape) if bool((slope == 1).all()) else base * mode.factor(slope)
-
-    flow = mode.computed(call, scaled)
+    flow = mode.computed(call, lambda: mode.times(base, slope))
     flow = mode.gated(flow, base, growth.rectifies)
     return Value(flow, value.sheet, one_sided(uniform(flow), call.probe))
 
@@ -73,7 +70,7 @@ def _rectified(mode: PositiveFlow, value: Value, growth: Growth) -> Value:
     if value.base is None:
         return value
     flow = mode.gated(value.flow, value.base, growth.bounded and growth.rectifies)
-    return value if flow is value.flow else replace(value, flow=flow, root=flow)
+    return value if flow is value.flow else replace(value, flow=flow, base=flow, root=flow)
 
 
 def chosen(mode: PositiveFlow, call: Call) -> Value:

@@ -8,8 +8,9 @@ given a meaning in these terms, and the meaning must not depend on how it is wri
 1. *Linear operations*, and those that choose (max-pools, `where`, `maximum`), are what they are. Constants take their
    absolute values there, as weights do; a subtracted constant or mean is dropped, since a flow is not centred.
 2. *Functions of one value* are looked at where it is large (`values.Growth`). Those that grow like it (GELU, SiLU, ELU,
-   softplus, leaky rectifiers) are the identity times their slope there; those that rise to a bound (tanh, sigmoid,
-   hardsigmoid, relu6) are the identity; powers are powers; what falls, or goes up and down (cos), is refused.
+   softplus, leaky rectifiers) are the flow times their slope there; those that rise to a bound are the flow times
+   their slope at zero (tanh, relu6), or times the bound where they begin open (sigmoid, hardsigmoid); powers are
+   powers; what falls, or goes up and down (cos), is refused.
 3. *A factor that comes from the same flow and does not grow with it* (1/std, rsqrt(mean x^2), 1/norm, sigmoid(x) in
    x sigmoid(x), 1/sum exp) has no path of its own: it is the constant to which it tends. So a norm passes its affine
    part, a self-gated unit is the identity, and a softmax divides by the number of its keys, however it is written.
@@ -28,7 +29,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,9 +41,10 @@ from torch.utils import _pytree as pytree
 from sapwood.errors import UnsupportedModelError
 from sapwood.flow import moves, pointwise, sums
 from sapwood.flow.calls import Call
+from sapwood.flow.constants import Constants
 from sapwood.flow.layers import BY_NAME, WRITTEN_OUT
 from sapwood.flow.names import is_pointwise, name_of
-from sapwood.flow.values import NEAR, Growth, Value, uniform
+from sapwood.flow.values import NEAR, SMALL, Growth, Value, uniform
 
 RULES: dict[str, Any] = {**sums.RULES, **pointwise.RULES, **moves.RULES}
 READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__index__", "__array__"))
@@ -50,7 +52,7 @@ OWN = torch.empty(0)  # stands for the tensor itself, which would else be kept a
 Entry = tuple[weakref.ref[Tensor], int, Value | None]
 
 
-class PositiveFlow(TorchFunctionMode):
+class PositiveFlow(Constants, TorchFunctionMode):
     """A context in which a network runs as a positive flow.
 
     Args:
@@ -65,7 +67,7 @@ class PositiveFlow(TorchFunctionMode):
         checkable: False once an operation has run that is no positive flow and known not to be one.
     """
 
-    tries = True
+    tries: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -75,13 +77,12 @@ class PositiveFlow(TorchFunctionMode):
         pools: Mapping[Any, Callable[..., Any]] | None = None,
         paths: bool = False,
         level: bool = False,
-        start: Tensor | None = None,
+        start: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.named = {id(tensor): name for name, tensor in (named or {}).items()}
-        self.kept = list((named or {}).values())  # as long as they live, their ids are theirs
+        TorchFunctionMode.__init__(self)
+        Constants.__init__(self, named or {}, paths)
         self.pools = pools or {}
-        self.paths, self.levelled = paths, level
+        self.levelled = level
         self.start = start
         self.checkable = True
         self.inside = 0  # layers of torch's that are being written out
@@ -107,24 +108,26 @@ class PositiveFlow(TorchFunctionMode):
 
     def known(self, tensor: Tensor) -> Value | None:
         """The value of a tensor; None for a constant."""
-        if isinstance(tensor.grad_fn, BackwardCFunction):
+        entry = self.table.get(id(tensor))
+        seen = entry is not None and entry[0]() is tensor
+        made = tensor.grad_fn is not None and not tensor._is_view()
+        if (made and not seen) or isinstance(tensor.grad_fn, BackwardCFunction):
             self._refuse_unseen(tensor)
-        reference, version, value = self.table.get(id(tensor), (None, 0, None))
-        if reference is None or reference() is not tensor:
-            self._refuse_unseen(tensor)
+        if entry is None or not seen:
             return None
+        _, version, value = entry
         if value is not None and tensor._version != version:
             value = self.fresh(tensor, object())
             self.note(tensor, value)
         return value if value is None or value.flow is not OWN else replace(value, flow=tensor)
 
     def _refuse_unseen(self, tensor: Tensor) -> None:
-        if tensor.grad_fn is not None and not tensor._is_view():
-            raise UnsupportedModelError(
-                f"{tensor.grad_fn.name()} ({self.where}) is a function of the model's own, or compiled code, into which "
-                "synflow, synflow-l2, px and the diagnosis of paths cannot look; write it in torch's functions, or use "
-                "ntk-sap or snip, which take it as it is."
-            )
+        name = "" if tensor.grad_fn is None else tensor.grad_fn.name()
+        raise UnsupportedModelError(
+            f"{name} ({self.where}) is a function of the model's own, or compiled code, into which synflow, "
+            "synflow-l2, px and the diagnosis of paths cannot look; write it in torch's functions, or use ntk-sap or "
+            "snip, which take it as it is."
+        )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the rule of an operation on flows; makes all other calls, in float64."""
@@ -247,7 +250,8 @@ class PositiveFlow(TorchFunctionMode):
     def rooted(self, tensor: Tensor) -> Tensor:
         """The flow that begins with the rows of an embedding."""
         rows = self.cast(tensor)
-        return rows if self.start is None else rows * self.start
+        started: Tensor = rows if self.start == 1 else rows * self.start
+        return started
 
     def gated(self, flow: Tensor, source: Tensor, rectifies: bool) -> Tensor:
         """The flow behind a function of `source`, which is shut where that is negative, if it `rectifies`."""
@@ -265,45 +269,13 @@ class PositiveFlow(TorchFunctionMode):
         """A function that changes the precision of its first argument, without doing so."""
         return moves.precise(function)
 
-    def is_negative(self, constant: Tensor | float) -> bool:
-        """Whether a constant turns a flow round; parameters and buffers do not, they are taken by their size."""
-        if not isinstance(constant, Tensor):
-            return constant < 0
-        if id(constant) in self.named or constant.requires_grad:
-            return False
-        return bool((constant <= 0).all()) and bool((constant < 0).any())
-
-    def factor(self, constant: Any) -> Any:
-        """A constant that scales a flow."""
-        if self.paths and not isinstance(constant, bool):
-            return self._indicator(constant)
-        return abs(constant) if isinstance(constant, float | int) else self.weight(constant)
-
-    def shift(self, constant: Any) -> Any:
-        """A constant that is added to a flow."""
-        if self.paths and id(constant) not in self.named and isinstance(constant, float | Tensor):
-            return constant * 0 if isinstance(constant, float) or constant.is_floating_point() else constant
-        return abs(constant) if isinstance(constant, float) else self.weight(constant)
-
-    def weight(self, constant: Any) -> Any:
-        """A constant of a linear map: non-negative, as the parameters are; computed weights stay as they are."""
-        if not isinstance(constant, Tensor) or not constant.is_floating_point():
-            return constant
-        if id(constant) in self.named or constant.requires_grad:
-            return constant
-        return (constant != 0).to(constant.dtype) if self.paths else constant.abs()
-
-    def _indicator(self, constant: Any) -> Any:
-        if isinstance(constant, Tensor):
-            return (constant != 0).to(torch.float64)
-        return type(constant)(constant != 0) if isinstance(constant, float | int) else constant
-
     def level(self, result: Any) -> Any:
         """What leaves a layer."""
         if not self.levelled or not isinstance(result, Tensor):
             return result
         peak = result.detach().max()
-        return result / torch.where(peak > 0, peak, 1)
+        levelled: Tensor = result / torch.where(peak > 0, peak, 1)
+        return levelled
 
     def settled(self, value: Value, call: Call) -> Tensor:
         """What a value stands for where it goes on."""
@@ -315,9 +287,24 @@ class PositiveFlow(TorchFunctionMode):
         grows = growth.order > NEAR and bool((growth.high >= 0).all())
         if grows and growth.order > 0.5:
             return value.flow
-        if grows or (growth.bounded and growth.rises):  # logarithms, and what rises to a bound
+        if grows:  # a logarithm
             return value.flow if value.root is None else value.root
+        if growth.bounded and growth.rises:
+            return self._bounded(value, growth)
         raise call.refused("takes a flow that falls, vanishes or turns round as it grows")
+
+    def _bounded(self, value: Value, growth: Growth) -> Tensor:
+        """What rises to a bound: the flow times its slope at zero, or, where it begins open, times the bound."""
+        if value.base is None or value.root is None:
+            return value.flow
+        if not bool(value.probe(0.0).any()):
+            once, twice = value.probe(SMALL) / SMALL, value.probe(2 * SMALL) / (2 * SMALL)
+            return self.times(value.base, 2 * once - twice)  # without what bends
+        return self.times(value.root, torch.where(growth.high == 0, 1.0, growth.high.abs()))
+
+    def times(self, flow: Tensor, factor: Tensor) -> Tensor:
+        """A flow times constants, which mostly are ones."""
+        return flow.expand(factor.shape) if bool((factor == 1).all()) else flow * self.factor(factor)
 
 
 def _is_real_or_complex(leaf: Any) -> bool:

@@ -4,10 +4,11 @@ The premise of all scores by paths is that the outputs R are sums of products of
 things follow, which are checked on what was computed, not on what is known of the operations:
 
 * R and all of its derivatives are non-negative;
-* along a R(a), R on an input of a, grows at least as much as linearly: a dR/da >= R(a) - R(0), with equality for paths
-  that meet the input once (Euler). What saturates or normalises the flow breaks it, and so would a wrong stand-in.
+* R(a), on an input of a, is a polynomial in a with non-negative coefficients, and so it grows ever faster (along a
+  bias-free chain in proportion): R(2) - R(1) >= R(1) - R(0). What saturates or normalises the flow breaks it, and so
+  would a wrong stand-in; for what is linear in a this is Euler's theorem, the conservation law of the layers.
 
-R(0), what comes from constants alone, costs one more forward pass, made once for a network.
+R(0) and R(2) cost two more forward passes, made once for a network.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from sapwood.flow.positive import PositiveFlow
 from sapwood.functional import FunctionalModel, Params
 
 SLACK = 1e-6
-START = "the input"  # no parameter's name has a blank in it
 
 _CHECKED: set[int] = set()
 
@@ -35,7 +35,7 @@ def flow_gradient(
     leaves: Params,
     ones: Batch,
     buffers: Callable[[], Params],
-    counted: Callable[[Tensor], Tensor] = torch.Tensor.sum,
+    counted: Callable[[Tensor], Tensor] = torch.sum,
 ) -> Params:
     """dR/d(leaves) of a network that is run as a positive flow.
 
@@ -50,31 +50,19 @@ def flow_gradient(
     Raises:
         UnsupportedModelError: the network is no positive flow.
     """
-    start = torch.ones((), dtype=torch.float64, device=net.device, requires_grad=True)
-    total, checkable = _total(net, {**params, **leaves}, ones, buffers, counted, start)
-    gradient = net.differentiate(total, {**leaves, START: start})
-    slope = gradient.pop(START)
+
+    def at(start: float) -> tuple[Tensor, bool]:
+        batch, state, named = filled(ones, lambda t: t * start), buffers(), {**params, **leaves}
+        with PositiveFlow(batch, {**named, **state}, start=start) as flow:
+            output = flow.arrived(net.outputs(named, batch, buffers=state))
+        return counted(output), flow.checkable
+
+    total, checkable = at(1.0)
+    gradient = net.differentiate(total, leaves)
     if checkable:
         _check_signs(total, gradient)
-        _check_growth(
-            net, total, slope, lambda: _total(net, {**params, **leaves}, ones, buffers, counted, 0 * start)[0]
-        )
+        _check_growth(net, total.detach(), at)
     return gradient
-
-
-def _total(
-    net: FunctionalModel,
-    params: Params,
-    ones: Batch,
-    buffers: Callable[[], Params],
-    counted: Callable[[Tensor], Tensor],
-    start: Tensor,
-) -> tuple[Tensor, bool]:
-    batch, state = filled(ones, lambda t: t * start), buffers()
-    with PositiveFlow(batch, {**params, **state}, start=start) as flow:
-        output = net.outputs(params, batch, buffers=state)
-        output = flow.arrived(output)
-    return counted(output), flow.checkable
 
 
 def _check_signs(total: Tensor, gradient: Mapping[str, Tensor]) -> None:
@@ -93,16 +81,17 @@ def _check_signs(total: Tensor, gradient: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_growth(net: FunctionalModel, total: Tensor, slope: Tensor, at_zero: Callable[[], Tensor]) -> None:
+def _check_growth(net: FunctionalModel, one: Tensor, at: Callable[[float], tuple[Tensor, bool]]) -> None:
     if id(net) in _CHECKED:
         return
+
     with torch.no_grad():
-        constant = at_zero()
-    if bool(slope < (total - constant) * (1 - SLACK)):
+        none, two = at(0.0)[0], at(2.0)[0]
+    if bool(two - one < (one - none) * (1 - SLACK)):
         raise UnsupportedModelError(
-            f"The flow saturates: on an input of ones its slope is {float(slope):.3g} where it has grown by "
-            f"{float(total - constant):.3g}, so that it is not conserved on its way, which synflow, synflow-l2 and px "
-            "need; ntk-sap, snip and grasp take the model as it is."
+            f"The flow saturates: from an input of zeros to one of ones the outputs grow by {float(one - none):.3g}, "
+            f"from there to one of twos by {float(two - one):.3g}, so that the flow is not conserved on its way, which "
+            "synflow, synflow-l2 and px need; ntk-sap, snip and grasp take the model as it is."
         )
     _CHECKED.add(id(net))
     weakref.finalize(net, _CHECKED.discard, id(net))

@@ -66,8 +66,9 @@ def added(mode: PositiveFlow, call: Call) -> Value:
 def _same_kind(mode: PositiveFlow, call: Call, value: Value, flow: Tensor, *, both: bool = True) -> Value:
     """A flow stays one whatever constants it meets; what is measured against it keeps its own size."""
     linear, probe = value.linear and both, call.probe
+    scales = call.name in ("mul", "div")
     tensors = [constant for constant in call.constants if isinstance(constant, Tensor)]
-    if linear and not value.reduced:
+    if linear and not value.reduced and (scales or tensors or len(call.values) > 1):
         signed = any(bool((tensor < 0).any()) for tensor in tensors)
         probe = uniform(flow) if signed else one_sided(uniform(flow), probe)
     by_numbers = len(call.values) == 1 and not tensors
@@ -169,15 +170,11 @@ def _gated(mode: PositiveFlow, call: Call, value: Value) -> Value:
         size = own.coefficient.abs()
         limit = torch.where(size > 0, limit / size, 0.0)
     source = value.flow if value.settled else based(value)
-    flow = mode.computed(call, lambda: _times(source, mode.factor(limit)))
+    flow = mode.computed(call, lambda: mode.times(source, limit))
     flow = mode.gated(flow, source, growth.rectifies)
     if value.linear and not value.reduced:
         return Value(flow, value.sheet, uniform(flow))
     return Value(flow, value.sheet, call.probe, linear=False, base=flow, root=source, reduced=value.reduced)
-
-
-def _times(flow: Tensor, limit: Tensor) -> Tensor:
-    return flow.expand(limit.shape) if bool((limit == 1).all()) else flow * limit
 
 
 RULES: dict[str, Any] = {

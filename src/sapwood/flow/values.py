@@ -5,7 +5,7 @@ operations, what the tensor would be if the flow that it comes from were t every
 what it is without any list of names:
 
 * it grows like t: a flow (rectifiers on the positive side, sums, views);
-* it does not grow: a gate, which opens (sigmoid, erf, hardsigmoid), or a normaliser, which falls (1/std, rsqrt, 1/norm);
+* it does not grow: a gate, which opens (sigmoid, erf), or a normaliser, which falls (1/std, rsqrt, 1/norm);
 * it grows like t^2, t^3: a product of flows;
 * it comes and goes (sin), or falls, or vanishes: no part of a positive flow.
 """
@@ -22,9 +22,10 @@ from torch import Tensor
 
 Probe = Callable[[float], Tensor]
 
-LARGE = (2.0**30, 100.0)  # the second where the first leaves float64, as exp does
+LARGE = (2.0**40, 100.0)  # the second where the first leaves float64, as exp does
 STEPS = (1.0, 1.25, 1.5, 2.0, 2.5)
 DOUBLE = STEPS.index(2.0)
+SMALL = 2.0**-30
 NEAR = 0.01
 
 
