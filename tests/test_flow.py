@@ -1,4 +1,4 @@
-"""Positive flows: one function written twice gives one score; what is no flow is refused; sums over paths by walking."""
+"""Positive flows: one function written twice has one score; no flow, no score; sums over paths by walking."""
 
 import itertools
 import math

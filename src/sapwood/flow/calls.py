@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sapwood.errors import UnsupportedModelError
 from sapwood.flow.names import is_pointwise
-from sapwood.flow.values import Probe, Value
+from sapwood.flow.values import Probe, Value, one
 
 
 class _Probed(NamedTuple):
@@ -78,7 +78,7 @@ class Call:
             return leaf if constant is None else constant(leaf)
 
         args, kwargs = pytree.tree_map(argument, (self.args, self.kwargs))
-        return _apply(self.function, args, kwargs, self.writes)
+        return applied(self.function, args, kwargs, self.writes)
 
     @cached_property
     def probe(self) -> Probe:
@@ -97,11 +97,11 @@ class Call:
                     return leaf
                 tensor = leaf.probe(t)
                 shapes.append(tensor.shape)
-                return _one(tensor) if alone else tensor
+                return one(tensor) if alone else tensor
 
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 args, kwargs = pytree.tree_map(at, arguments, is_leaf=_is_probed)
-                result = _apply(original, args, kwargs, writes)
+                result = applied(original, args, kwargs, writes)
                 return result.expand(shapes[0]) if alone else result
 
         return probe
@@ -114,17 +114,11 @@ class Call:
         )
 
 
-def _apply(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> Any:
+def applied(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> Any:
+    """The result of a call, which for one that writes is what it writes into a copy."""
     if not writes:
         return function(*args, **kwargs)
 
     first = (args[0] if args else kwargs["input"]).clone()
     result = function(first, *args[1:], **kwargs) if args else function(**{**kwargs, "input": first})
     return first if result is None else result  # `x[i] = y` returns nothing
-
-
-def _one(tensor: Tensor) -> Tensor:
-    """One entry of a tensor that is the same everywhere, in all of its dimensions; else the tensor."""
-    if any(tensor.stride()):
-        return tensor
-    return tensor[(slice(0, 1),) * tensor.dim()]

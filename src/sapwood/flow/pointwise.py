@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sapwood.flow.calls import Call
+from sapwood.flow.calls import Call, applied
 from sapwood.flow.moves import layer
 from sapwood.flow.sums import based, hides, one_sided, pending
-from sapwood.flow.values import NEAR, Growth, Value, uniform
+from sapwood.flow.values import NEAR, Growth, Uniform, Value, uniform
 
 if TYPE_CHECKING:
     from sapwood.flow.positive import PositiveFlow
@@ -28,12 +29,12 @@ def looked_at(mode: PositiveFlow, call: Call) -> Value:
         value = Value(value.flow, value.sheet, uniform(value.flow), root=value.root)  # a softmax goes on as a flow
         call = replace(call, args=(value, *call.args[1:]))
 
-    growth = Growth.of(call.probe)
-    if not isinstance(growth.high, Tensor) or growth.high.dtype == torch.bool or _is_mask(call):
+    growth = _growth(call, value)
+    if growth.logical:
         return replace(pending(call, value), flow=mode.computed(call, lambda: call.run(lambda v: v.flow)))
     if value.reduced:
         return _of_statistic(mode, call, value, growth)
-    if growth.flowing and bool((growth.high >= 0).all()):
+    if growth.flowing and growth.positive:
         return _following(mode, call, value, growth)
     if NEAR < growth.order < float("inf") and growth.order > 1:
         base = based(pending(call, value))
@@ -42,19 +43,36 @@ def looked_at(mode: PositiveFlow, call: Call) -> Value:
     return _rectified(mode, pending(call, value), growth)
 
 
-def _is_mask(call: Call) -> bool:
-    with torch._C.DisableTorchFunction(), torch.no_grad():
-        return not call.probe(1.0).is_floating_point()
+def _growth(call: Call, value: Value) -> Growth:
+    """What a function does where its input is large; of one with numbers alone beside a flow it is looked up."""
+    alone = call.args[:1] == (value,) and not any(isinstance(constant, Tensor) for constant in call.constants)
+    if not alone or len(call.values) > 1 or not isinstance(value.probe, Uniform):
+        return Growth.of(call.probe)
+
+    try:
+        known = _of_function(call.original, call.args[1:], tuple(call.kwargs.items()), call.writes)
+    except TypeError:  # a list among its arguments
+        return Growth.of(call.probe)
+    return known.expanded(value.flow.shape, value.flow.device)
+
+
+@lru_cache(maxsize=512)
+def _of_function(function: Any, args: tuple[Any, ...], options: tuple[tuple[str, Any], ...], writes: bool) -> Growth:
+    def probe(t: float) -> Tensor:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            entry = torch.tensor(t, dtype=torch.float64)
+            return applied(function, (entry, *args), dict(options), writes)  # type: ignore[no-any-return]
+
+    return Growth.of(probe)
 
 
 def _following(mode: PositiveFlow, call: Call, value: Value, growth: Growth) -> Value:
-    skeleton = pending(call, value)
-    base = value.flow if value.linear else based(skeleton)
+    base = value.flow if value.linear else based(pending(call, value))
     slope = growth.coefficient
 
     flow = mode.computed(call, lambda: mode.times(base, slope))
     flow = mode.gated(flow, base, growth.rectifies)
-    return Value(flow, value.sheet, one_sided(uniform(flow), call.probe))
+    return Value(flow, value.sheet, one_sided(uniform(flow), growth.negative))
 
 
 def _of_statistic(mode: PositiveFlow, call: Call, value: Value, growth: Growth) -> Value:
@@ -86,7 +104,7 @@ def chosen(mode: PositiveFlow, call: Call) -> Value:
         return mode.fresh(flow, (call.name, tuple(v.sheet for v in call.values)))
 
     growth = Growth.of(call.probe)
-    if not growth.flowing or values[0].reduced or bool((growth.high < 0).any()):
+    if not growth.flowing or values[0].reduced or not growth.positive:
         return looked_at(mode, call)
     flow = mode.computed(call, lambda: call.run(lambda v: v.flow, mode.shift))
     flow = mode.gated(flow, based(values[0]), growth.rectifies)

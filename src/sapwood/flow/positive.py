@@ -44,7 +44,7 @@ from sapwood.flow.calls import Call
 from sapwood.flow.constants import Constants
 from sapwood.flow.layers import BY_NAME, WRITTEN_OUT
 from sapwood.flow.names import is_pointwise, name_of
-from sapwood.flow.values import NEAR, SMALL, Growth, Value, uniform
+from sapwood.flow.values import NEAR, SMALL, Growth, Value, one, uniform
 
 RULES: dict[str, Any] = {**sums.RULES, **pointwise.RULES, **moves.RULES}
 READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__index__", "__array__"))
@@ -284,7 +284,7 @@ class PositiveFlow(Constants, TorchFunctionMode):
         growth = Growth.of(value.probe)
         if growth.flowing and torch.allclose(growth.high, -growth.low):
             return value.flow  # a constant times a flow, which counts by its size
-        grows = growth.order > NEAR and bool((growth.high >= 0).all())
+        grows = growth.order > NEAR and growth.positive
         if grows and growth.order > 0.5:
             return value.flow
         if grows:  # a logarithm
@@ -304,7 +304,7 @@ class PositiveFlow(Constants, TorchFunctionMode):
 
     def times(self, flow: Tensor, factor: Tensor) -> Tensor:
         """A flow times constants, which mostly are ones."""
-        return flow.expand(factor.shape) if bool((factor == 1).all()) else flow * self.factor(factor)
+        return flow.expand(factor.shape) if bool((one(factor) == 1).all()) else flow * self.factor(factor)
 
 
 def _is_real_or_complex(leaf: Any) -> bool:

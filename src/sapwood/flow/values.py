@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,14 +54,27 @@ class Value:
     reduced: bool = False
 
 
+class Uniform:
+    """The probe of a flow: t everywhere."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.shape, self.device = like.shape, like.device
+
+    def __call__(self, t: float) -> Tensor:
+        """A tensor of t's, which takes no memory."""
+        return torch.full((), t, dtype=torch.float64, device=self.device).expand(self.shape)
+
+
 def uniform(like: Tensor) -> Probe:
     """The probe of a flow: t everywhere."""
-    shape, device = like.shape, like.device
+    return Uniform(like)
 
-    def probe(t: float) -> Tensor:
-        return torch.full((), t, dtype=torch.float64, device=device).expand(shape)
 
-    return probe
+def one(tensor: Tensor) -> Tensor:
+    """One entry of a tensor that is the same everywhere, in all of its dimensions; else the tensor."""
+    if any(tensor.stride()):
+        return tensor
+    return tensor[(slice(0, 1),) * tensor.dim()]
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class Growth:
         slope: How much it grows there with the flow.
         order: Exponent of t; infinite for exponentials, -inf for what vanishes, NaN for what comes and goes.
         rises: Whether it never falls from there on, and is higher than at the negative end.
+        logical: Whether it is a truth value.
     """
 
     at: float
@@ -85,27 +99,46 @@ class Growth:
     slope: Tensor
     order: float
     rises: bool
+    logical: bool = False
 
     @classmethod
     def of(cls, probe: Probe) -> Growth:
         """Looks at a value's probe."""
         for large in LARGE:
-            points = [probe(large * step).double() for step in STEPS]
+            shown = [probe(large * step) for step in STEPS]
+            points = [one(point).double() for point in shown]
             if not any(bool((p.isnan() | (p == math.inf)).any()) for p in points):
                 break
-        low = probe(-large).double().nan_to_num(nan=-math.inf, neginf=-math.inf)  # logarithms and roots have none
-        high = points[0]
+
+        low = one(probe(-large)).double().nan_to_num(nan=-math.inf, neginf=-math.inf)  # logarithms have none
+        high, slope = points[0], (points[DOUBLE] - points[0]) / large
         ends = [_peak(point) for point in points]
-        pairs = itertools.pairwise(points)
-        steady = all(bool((b >= a - 1e-9 * a.abs()).all()) for a, b in pairs)
-        orders = [_order(ends[i], ends[DOUBLE + i]) for i in (0, 1)]
-        slope = (points[DOUBLE] - high) / large
-        return cls(large, high, low, probe(-1.0), slope, _agreed(*orders), steady and bool((high > low).any()))
+        steady = all(bool((b >= a - 1e-9 * a.abs()).all()) for a, b in itertools.pairwise(points))
+        order = _agreed(*[_order(ends[i], ends[DOUBLE + i]) for i in (0, 1)])
+        below = one(probe(-1.0)).double()
+        logical = shown[0].dtype == torch.bool
+        rises = steady and bool((high > low).any())
+        found = cls(large, high, low, below, slope, order, rises, logical)
+        return found.expanded(shown[0].shape, high.device)
+
+    def expanded(self, shape: torch.Size, device: torch.device) -> Growth:
+        """The same of a value that is alike everywhere."""
+        parts = {name: getattr(self, name).to(device).expand(shape) for name in ("high", "low", "below", "slope")}
+        return replace(self, **parts)
+
+    def negative(self, t: float) -> Tensor:
+        """The value on the negative side, at -1 or far from zero."""
+        return self.below if t == -1 else self.low * (-t / self.at)
 
     @property
     def flowing(self) -> bool:
         """Whether it grows like the flow itself."""
         return abs(self.order - 1) < NEAR
+
+    @property
+    def positive(self) -> bool:
+        """Whether it is not negative where the flow is large."""
+        return bool((one(self.high) >= 0).all())
 
     @property
     def bounded(self) -> bool:
@@ -123,11 +156,13 @@ class Growth:
     def rectifies(self) -> bool:
         """Whether it is small where the flow is negative; bounded rectifiers (relu6) are zero there from the start."""
         if self.bounded:
-            return not bool(self.low.any()) and not bool(self.below.any()) and bool(self.high.any())
+            shut = not bool(one(self.low).any()) and not bool(one(self.below).any())
+            return shut and bool(one(self.high).any())
         return _peak(self.low) <= 0.5 * _peak(self.high)
 
 
 def _peak(tensor: Tensor) -> float:
+    tensor = one(tensor)
     finite = tensor[tensor.isfinite()].abs()
     if not finite.numel():
         return math.inf
