@@ -122,3 +122,18 @@ def applied(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     first = (args[0] if args else kwargs["input"]).clone()
     result = function(first, *args[1:], **kwargs) if args else function(**{**kwargs, "input": first})
     return first if result is None else result  # `x[i] = y` returns nothing
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether it is a tensor of real or complex numbers."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def unseen(tensor: Tensor, where: str) -> UnsupportedModelError:
+    """The error for a tensor that came about where no operations can be seen."""
+    name = "" if tensor.grad_fn is None else tensor.grad_fn.name()
+    return UnsupportedModelError(
+        f"{name} ({where}) is a function of the model's own, a checkpoint or compiled code, into which synflow, "
+        "synflow-l2, px and the diagnosis of paths cannot look; write it in torch's functions, turn checkpoints off "
+        "(model.set_grad_checkpointing(False) in timm), or use method='ntk-sap' or 'snip', which take it as it is."
+    )

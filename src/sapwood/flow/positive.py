@@ -38,9 +38,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sapwood.errors import UnsupportedModelError
 from sapwood.flow import moves, pointwise, sums
-from sapwood.flow.calls import Call
+from sapwood.flow.calls import Call, is_number, unseen
 from sapwood.flow.constants import Constants
 from sapwood.flow.layers import BY_NAME, WRITTEN_OUT
 from sapwood.flow.names import is_pointwise, name_of
@@ -112,7 +111,7 @@ class PositiveFlow(Constants, TorchFunctionMode):
         seen = entry is not None and entry[0]() is tensor
         made = tensor.grad_fn is not None and not tensor._is_view()
         if (made and not seen) or isinstance(tensor.grad_fn, BackwardCFunction):
-            self._refuse_unseen(tensor)
+            raise unseen(tensor, self.where)
         if entry is None or not seen:
             return None
         _, version, value = entry
@@ -120,14 +119,6 @@ class PositiveFlow(Constants, TorchFunctionMode):
             value = self.fresh(tensor, object())
             self.note(tensor, value)
         return value if value is None or value.flow is not OWN else replace(value, flow=tensor)
-
-    def _refuse_unseen(self, tensor: Tensor) -> None:
-        name = "" if tensor.grad_fn is None else tensor.grad_fn.name()
-        raise UnsupportedModelError(
-            f"{name} ({self.where}) is a function of the model's own, or compiled code, into which synflow, "
-            "synflow-l2, px and the diagnosis of paths cannot look; write it in torch's functions, or use ntk-sap or "
-            "snip, which take it as it is."
-        )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the rule of an operation on flows; makes all other calls, in float64."""
@@ -150,7 +141,7 @@ class PositiveFlow(Constants, TorchFunctionMode):
         call = self._call(func, leaves, values, shape)
         if rule is None and not call.writes:
             told = call.run(lambda value: value.flow)
-            if not any(map(_is_real_or_complex, pytree.tree_leaves(told))):
+            if not any(map(is_number, pytree.tree_leaves(told))):
                 return told  # a shape, a dtype, a truth value
         return self._finished(call, (rule or moves.tried)(self, call), leaves)
 
@@ -305,7 +296,3 @@ class PositiveFlow(Constants, TorchFunctionMode):
     def times(self, flow: Tensor, factor: Tensor) -> Tensor:
         """A flow times constants, which mostly are ones."""
         return flow.expand(factor.shape) if bool((one(factor) == 1).all()) else flow * self.factor(factor)
-
-
-def _is_real_or_complex(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
