@@ -60,7 +60,7 @@ class PX:
             paths = self.activated(net, masks, ones, batch, data.draw)
             leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
             start = filled(shortened(net, batch, 1), _ones, data.draw)
-            found = flow_gradient(net, squares, leaves, start, squared, partial(_weighted, paths))
+            found = flow_gradient(net, squares, leaves, start, squared, partial(_weighted, paths), data.draw)
             for name, gradient in found.items():
                 total[name] += gradient
         return {name: squares[name] * gradient for name, gradient in net.summed(total).items()}

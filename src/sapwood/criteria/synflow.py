@@ -57,5 +57,5 @@ def flow_scores(net: FunctionalModel, masks: Masks, data: Data, positive: Callab
     params = {name: non_negative(p, positive) for name, p in net.params.items()}
     kept = masks.apply({name: params[name] for name in net.prunable})
     leaves = {name: weight.requires_grad_() for name, weight in kept.items()}
-    gradient = flow_gradient(net, params, leaves, ones, partial(statistics, net, positive))
+    gradient = flow_gradient(net, params, leaves, ones, partial(statistics, net, positive), draw=data.draw)
     return {name: (leaf.detach() * gradient[name]).abs() for name, leaf in leaves.items()}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sapwood.batches import Batch, filled
+from sapwood.batches import Batch, Draw, filled
 from sapwood.errors import UnsupportedModelError
 from sapwood.flow.positive import PositiveFlow
 from sapwood.functional import FunctionalModel, Params
@@ -36,6 +36,7 @@ def flow_gradient(
     ones: Batch,
     buffers: Callable[[], Params],
     counted: Callable[[Tensor], Tensor] = torch.sum,
+    draw: Draw = None,
 ) -> Params:
     """dR/d(leaves) of a network that is run as a positive flow.
 
@@ -46,13 +47,14 @@ def flow_gradient(
         ones: An input of ones, in float64.
         buffers: Makes its buffers.
         counted: R of the outputs; linear and non-negative.
+        draw: Which entries of the input are numbers.
 
     Raises:
         UnsupportedModelError: the network is no positive flow.
     """
 
     def at(start: float) -> tuple[Tensor, bool]:
-        batch, state, named = filled(ones, lambda t: t * start), buffers(), {**params, **leaves}
+        batch, state, named = filled(ones, lambda t: t * start, draw), buffers(), {**params, **leaves}
         with PositiveFlow(batch, {**named, **state}, start=start) as flow:
             output = flow.arrived(net.outputs(named, batch, buffers=state))
         return counted(output), flow.checkable
