@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sapwood
 from sapwood import models
 from sapwood.experiments.fields import parse_variant
-from sapwood.methods import LABELLED, METHODS, configured
+from sapwood.methods import METHODS, configured
 
 PUBLISHED, GEMM = "published", "gemm"
 
@@ -92,7 +92,7 @@ def planned(case: Case, text: str, extent: str) -> Plan:
         if part:
             options |= {"rounds": 1, "resamples": 1, "samples": sizes[0]}
         return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part)
-    if variant.method in LABELLED:
+    if getattr(recipe, "needs_data", True):
         sizes = _sizes(case.labelled, case.batch_size)
         options |= {"batches": _labelled(case, sizes[:1] if part else sizes)} | ({"rounds": 1} if part else {})
         return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part)

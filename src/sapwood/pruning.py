@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sapwood.allocation import Allocation, allocation, budget
+from sapwood.allocation import Allocation, allocation, budget, check_rounding
 from sapwood.batches import Data
 from sapwood.errors import MaskError, SapwoodWarning, ScoreError
 from sapwood.functional import FunctionalModel, Params
@@ -23,7 +23,11 @@ Scores = dict[str, Tensor]
 
 
 class Criterion(Protocol):
-    """What scores weights: a pure function, usually a frozen dataclass whose fields are the hyper-parameters."""
+    """What scores weights: a pure function, usually a frozen dataclass whose fields are the hyper-parameters.
+
+    One that looks at no batches has an attribute `needs_data = False`, so that commands do without a data set; whoever
+    says nothing is given batches.
+    """
 
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> Scores:
         """One finite score for every entry of `masks`, by name; **higher = keep**."""
@@ -41,6 +45,8 @@ class Method:
         allocation: Which weights a budget keeps: "global", "uniform", "uniform+", "erk", masks, or densities by name.
         regrow: Whether a pruned weight may return in a later round (FORCE).
         invert: Keep the lowest scores instead of the highest, in every round: a sanity check (Frankle et al. 2021).
+        rounding: How the density after a round becomes a number of weights: "nearest", "up" or "down"; the latter two
+            are for bit-equal reproductions of authors' code (see `allocation.ROUNDINGS`).
     """
 
     criterion: Criterion
@@ -49,6 +55,15 @@ class Method:
     allocation: str | Masks | Mapping[str, float] | Allocation = "global"
     regrow: bool = False
     invert: bool = False
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        check_rounding(self.rounding)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the criterion may look at batches: it does unless it says otherwise."""
+        return bool(getattr(self.criterion, "needs_data", True))
 
     def run(
         self,
@@ -92,7 +107,7 @@ class Found(NamedTuple):
 class Procedure(Protocol):
     """Whatever `prune` can run: a `Method`, or a frozen dataclass with a loop of its own, which may return weights.
 
-    Its fields are its hyper-parameters, settable like a method's.
+    Its fields are its hyper-parameters, settable like a method's. `needs_data = False` as in `Criterion`.
     """
 
     def run(
@@ -106,7 +121,7 @@ class Procedure(Protocol):
         on_round: OnRound | None = None,
         within: Masks | None = None,
     ) -> Found:
-        """Masks that keep exactly round(density x prunable weights), all of them among those of `within`."""
+        """Masks that keep exactly `budget(density, prunable weights)`, all of them among those of `within`."""
         ...
 
 
@@ -202,7 +217,7 @@ def iterate(
         within: Masks to begin from: what they prune stays pruned, and the schedule starts at their density.
 
     Returns:
-        Masks that keep exactly round(density x total) weights, and the history.
+        Masks that keep exactly density x total weights, rounded as the method says, and the history.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -211,7 +226,7 @@ def iterate(
     allocate = allocation(method.allocation, min_per_layer)
     first = masks = starting_masks(net, within)
     history: list[Round] = []
-    budgets = stages(method.schedule, density, method.rounds, first)
+    budgets = stages(method.schedule, density, method.rounds, first, method.rounding)
     if budgets[-1][1] == first.kept:
         return first, ()
     for index, (target, keep) in enumerate(budgets, start=1):
@@ -243,12 +258,14 @@ def starting_masks(net: FunctionalModel, within: Masks | None) -> Masks:
     return Masks({name: within[clean].to(net.params[name].device) for clean, name in named.items()})
 
 
-def stages(schedule: str, density: float, rounds: int, first: Masks) -> list[tuple[float, int]]:
+def stages(
+    schedule: str, density: float, rounds: int, first: Masks, rounding: str = "nearest"
+) -> list[tuple[float, int]]:
     """Density and weights kept after each round, from those of `first` down to `density`."""
     begin = first.density
     parts = densities(schedule, min(1.0, density / begin), rounds)
     targets = [*(begin * part for part in parts[:-1]), density]
-    return [(target, budget(target, first.total)) for target in targets]
+    return [(target, budget(target, first.total, rounding)) for target in targets]
 
 
 def warn_of_collapse(masks: Masks) -> None:

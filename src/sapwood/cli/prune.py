@@ -13,7 +13,7 @@ from sapwood.experiments import terminal
 from sapwood.experiments.config import Place
 from sapwood.experiments.environment import device_of
 from sapwood.experiments.fields import parse_fields
-from sapwood.experiments.search import Shape, search, subject
+from sapwood.experiments.search import Shape, needs_batches, refuse_without_data, search, subject
 from sapwood.methods import find, prunable
 
 
@@ -72,15 +72,14 @@ class Prune:
         device = device_of(self.place.device)
         if not self.dry_run:
             density, out = target_density(self.density, self.sparsity, self.compression), self._target()
+            if self.data is None:
+                refuse_without_data(self.method, fields)
         built = subject(
             self.model,
             self.shape,
             data_name=self.data,
             place=self.place,
-            # A dry run scores nothing and so needs no labels.
-            method="random" if self.dry_run else self.method,
-            fields=fields,
-            per_class=self.per_class,
+            per_class=self.per_class if not self.dry_run and needs_batches(self.method, fields) else None,
             seed=self.seed,
         )
         if self.dry_run:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sapwood.errors import unknown_name
+from sapwood.errors import UnsupportedModelError, unknown_name
 from sapwood.functional import FunctionalModel, Params
 from sapwood.prunable import Layout
 
 STRUCTURES = ("weights", "channels")
+CANCELS = 1e-4  # of the terms' magnitudes: a sum that is zero but for rounding and a norm's epsilon
 
 
 def check_structure(structure: str) -> None:
@@ -45,6 +46,48 @@ def pooled(net: FunctionalModel, values: Params, *, inputs: bool = False) -> Par
         inputs: Sum over input channels instead: over all weights that read one unit in this layer.
     """
     return {name: _pooled(value, net.layout[name], inputs) for name, value in values.items()}
+
+
+def channel_of(weight: Tensor, layout: Layout) -> Tensor:
+    """The number of the output channel that each entry of a prunable weight belongs to, to be broadcast over it."""
+    device, size = weight.device, weight.shape
+    if weight.dim() < 2 or layout.output == 0:
+        return torch.arange(size[0], device=device).reshape(-1, *[1] * (weight.dim() - 1))
+    firsts = torch.arange(layout.groups, device=device).repeat_interleave(size[0] // layout.groups) * size[1]
+    numbers = firsts.unsqueeze(1) + torch.arange(size[1], device=device)
+    return numbers.reshape(*size[:2], *[1] * (weight.dim() - 2))
+
+
+def channel_sums(values: Tensor, channel: Tensor) -> Tensor:
+    """The sum over every output channel, one entry a channel, of values whose channels are numbered by `channel_of`."""
+    sums = values.new_zeros(int(channel.max()) + 1)
+    return sums.index_add(0, channel.flatten(), values.sum_to_size(channel.shape).flatten())
+
+
+def refuse_without_scale(net: FunctionalModel, changes: Params, sums: Params | None = None) -> None:
+    """Refuses a layer whose channels cannot be scored by what scaling them does, since it does nothing.
+
+    Args:
+        net: The model.
+        changes: w dL/dw of every prunable weight.
+        sums: The scores of the channels, one entry a channel; by default the sums of `changes`.
+
+    Raises:
+        UnsupportedModelError: in at least half of a layer's channels (two or more) the sum is 0 though its terms are
+            not.
+    """
+    for name, change in changes.items():
+        channel = channel_of(change, net.layout[name])
+        sizes = channel_sums(change.abs(), channel)
+        found = channel_sums(change, channel) if sums is None else sums[name]
+        alive = sizes > 0
+        cancelled = alive & (found.abs() <= CANCELS * sizes)
+        if int(cancelled.sum()) >= max(2, int(alive.sum()) / 2):
+            raise UnsupportedModelError(
+                f"The scale of the channels of {name!r} has no effect on the loss (a normalisation takes it out), so "
+                "that all of them would score zero: exclude the layer, or take structure='weights'. Sapwood finds "
+                "torch's own batch, instance and group normalisation behind a layer for method='taylor'."
+            )
 
 
 def _pooled(value: Tensor, layout: Layout, inputs: bool) -> Tensor:

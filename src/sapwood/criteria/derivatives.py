@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sapwood.batches import Batch, inputs_of, samples
@@ -22,11 +22,10 @@ def twice_differentiable(net: FunctionalModel) -> Iterator[None]:
         yield
 
 
-def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_statistics: bool) -> Iterator[Params]:
-    """Gradient of the loss of each sample with respect to the effective weights, one sample after another.
-
-    One forward and backward pass a sample, and the memory of one; `torch.func.vmap` would be faster, and fails on
-    models with data-dependent control flow.
+def sample_losses(
+    net: FunctionalModel, masks: Masks, batch: Batch, *, batch_statistics: bool
+) -> Iterator[Callable[[Params], Tensor]]:
+    """The loss of each sample as a function of effective weights, one sample after another.
 
     Args:
         net: The model.
@@ -38,5 +37,15 @@ def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_
     effective = {name: weight.detach() for name, weight in net.leaves(masks).items()}
     buffers = net.calibrated(effective, inputs_of(batch)) if batch_statistics else None
     for sample in samples(batch):
+        yield lambda params, sample=sample: net.loss(params, sample, train=False, buffers=buffers)  # type: ignore[misc]
+
+
+def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_statistics: bool) -> Iterator[Params]:
+    """Gradient of the loss of each sample with respect to the effective weights, one sample after another.
+
+    One forward and backward pass a sample, and the memory of one; `torch.func.vmap` would be faster, and fails on
+    models with data-dependent control flow. Arguments as for `sample_losses`.
+    """
+    for loss in sample_losses(net, masks, batch, batch_statistics=batch_statistics):
         leaves = net.leaves(masks)
-        yield differentiate(net.loss(leaves, sample, train=False, buffers=buffers), leaves)
+        yield differentiate(loss(leaves), leaves)
