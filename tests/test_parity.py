@@ -284,7 +284,6 @@ class TestNtt:
         draws = [student.loss(leaves, masks, inputs, student.signs(inputs, 64)).item() for _ in range(20)]
         assert sum(draws) / len(draws) == pytest.approx(exact, rel=0.02)
 
-    @pytest.mark.trap(88)
     def test_by_default_what_is_pruned_has_no_gradient(self, transfer):
         _, student, _, masks, _, _ = transfer
         student.ntt = Ntt()

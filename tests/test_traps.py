@@ -6,10 +6,11 @@ HERE = Path(__file__).parent
 
 def test_every_mistake_is_guarded_or_listed_as_open():
     listed = (HERE / "traps.md").read_text()
-    rows = {int(row) for row in re.findall(r"^\| (\d+) \|", listed, flags=re.MULTILINE)}
+    numbers = [int(row) for row in re.findall(r"^\| (\d+) \|", listed, flags=re.MULTILINE)]
+    rows = set(numbers)
     still_open = {int(row) for row in re.findall(r"^- (\d+):", listed, flags=re.MULTILINE)}
     tests = "".join(path.read_text() for path in HERE.glob("test_*.py"))
     guarded = {int(row) for row in re.findall(r"mark\.trap\((\d+)\)", tests)}
-    assert rows == set(range(1, 41))
+    assert len(rows) == len(numbers) and rows >= set(range(1, 41))
     assert guarded | still_open == rows
     assert not guarded & still_open

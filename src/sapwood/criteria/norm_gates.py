@@ -30,7 +30,7 @@ from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
 from sapwood.prunable import Layout
 
-SAMPLES = 8  # of the look: enough for no two channels to be proportional by chance
+SAMPLES = 4  # of the look: enough that no two channels are proportional by chance
 EACH_CHANNEL = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
 VECTOR = Layout(output=0, groups=1)
 GROUPS = (F.group_norm, torch.group_norm)  # each channel by itself if there are as many groups
@@ -149,7 +149,8 @@ def _followed(
 
     The derivative of x along a scaling of the sources is the derivative, in a dummy, of that of x times the dummy.
     """
-    sources: dict[str | int, Tensor] = {**leaves, **dict(enumerate(gates))}
+    sources: dict[str | int, Tensor] = dict(enumerate(gates))
+    sources.update(leaves)
     dummy = torch.zeros_like(x, requires_grad=True)
     gradients = torch.autograd.grad(x, list(sources.values()), dummy, create_graph=True, allow_unused=True)
     for (source, value), gradient in zip(sources.items(), gradients, strict=True):

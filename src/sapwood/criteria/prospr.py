@@ -82,10 +82,10 @@ class ProsPr:
             trained = self._trained(net, masks, start, [next(batches) for _ in range(self.steps)])
             loss = net.loss(trained, next(batches), train=self.batch_statistics)
             gradient = differentiate(loss, gates)
-        kept = {name: gradient[name] * masks[name] for name in gates}
+        kept = net.summed({name: gradient[name] * masks[name] for name in gates})
         if self.structure == "channels" and not self.steps:
             refuse_without_scale(net, kept)
-        return {name: score.abs() for name, score in structured(net, net.summed(kept), self.structure).items()}
+        return {name: score.abs() for name, score in structured(net, kept, self.structure).items()}
 
     def _trained(self, net: FunctionalModel, masks: Masks, start: Params, batches: list[Batch]) -> Params:
         """All trained parameters after one step a batch, as functions of `start` unless `first_order`."""

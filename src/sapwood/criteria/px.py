@@ -37,8 +37,8 @@ in one round, at densities 0.5 / 0.1 / 0.02), which departs from its formula in 
 
 With its file changed in the first two, scores are equal to 1e-14 on networks with BatchNorm too.
 `as_released=True` takes the first two (see `px_released`). Further departures: functions are intercepted in a context
-(there `F.relu` is patched for everybody, and `x.relu()` is not seen); float64. The same code's SynFlow-L2 lacks a factor
-|w|, so that it is not our `synflow-l2`.
+(there `F.relu` is patched for everybody, and `x.relu()` is not seen); float64; of the number of kept weights the
+nearest (there rounded up). The same code's SynFlow-L2 lacks a factor |w|, so that it is not our `synflow-l2`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class PX:
     Attributes:
         as_released: Score as the authors' code does: on networks with BatchNorm, or whose classifier it spares, that is
             not the formula.
-        spare_classifier: With `as_released`, the last linear layer keeps its signed weights, as where it is called `fc`.
+        spare_classifier: With `as_released`, the last linear layer keeps its signed weights, as in the authors' code
+            where it is called `fc`.
     """
 
     as_released: bool = False

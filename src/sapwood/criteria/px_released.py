@@ -8,7 +8,8 @@ R = sum over samples n and outputs k of z1[n, k] z2[n, k], and S_j = |sum over b
 
 Both run in train mode, so that BatchNorm normalises and centres with batch statistics, which makes the sum of p dR/dp
 over every filter zero: R is no sum over paths. In both, BatchNorm's parameters keep their values, and so does the last
-linear layer, if it is spared: its weights enter signed and unsquared. Biases are ones and squares like other parameters.
+linear layer, if it is spared: its weights enter signed and unsquared. Biases are ones and squares like other
+parameters.
 
 In the authors' code what keeps its values has "bn" or "fc" in its name, as BatchNorms and classifiers of the authors'
 networks have; here they are found by looking, so that the BatchNorm of a shortcut called otherwise keeps its own too.
@@ -78,7 +79,8 @@ def released_scores(net: FunctionalModel, masks: Masks, data: Data, *, spare_cla
 
 def _gates(net: FunctionalModel, masks: Masks, batch: Batch) -> list[Tensor]:
     """Which rectifiers are open in the real network."""
-    with torch.no_grad(), Record() as record:
+    record = Record()
+    with torch.no_grad(), record:
         net.outputs(masks.apply(net.weights), batch)
     return record.gates
 

@@ -144,9 +144,7 @@ class Ntt:
 class Student:
     """The weights that are trained, with their optimizer, teacher and inputs."""
 
-    def __init__(
-        self, ntt: Ntt, net: FunctionalModel, data: Data, density: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, ntt: Ntt, net: FunctionalModel, data: Data, density: float, generator: torch.Generator) -> None:
         self.ntt, self.net, self.density, self.generator = ntt, net, density, generator
         self.params = {name: p.clone() for name, p in net.params.items() if p.is_floating_point()}
         self.inputs = data.templates() if ntt.random_inputs else data.inputs()
