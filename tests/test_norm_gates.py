@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nets import Residual
 from sapwood import FunctionalModel, Masks, ProsPr, Taylor, UnsupportedModelError, prune
-from sapwood.criteria.norm_gates import followings
+from sapwood.criteria.norm_gates import NormGates
 from sapwood.models import create
 from scoring import data, generator, random_masks
 from test_prune import same, state_of
@@ -245,8 +245,9 @@ def test_every_layer_of_a_deep_network_keeps_channels_in_float32():
     model = create("resnet20", num_classes=10)
     batch = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
     net = FunctionalModel.of(model)
-    count, found = followings(net, batch, generator())
-    assert count == len(found) == 21 and [f.norm for f in found] == list(range(21))
+    look = NormGates.of(net, batch, generator())
+    found = look.followings
+    assert look.norms == len(found) == 21 and [f.norm for f in found] == list(range(21))
     assert all(torch.equal(f.channel, torch.arange(f.gates)) for f in found)
     assert {f.source for f in found} == {name for name in net.prunable if name != "fc.weight"}
     masks = prune(model, method="taylor", structure="channels", density=0.9, batches=[batch]).masks
@@ -289,6 +290,16 @@ class TestRefused:
             assert prune(model, method="prospr", density=0.5, batches=[(X, Y)], **fields).masks.kept
         net = FunctionalModel.of(Net(lambda m, x: m.c(x).sin(), c=conv(), h=head()))  # no norm: it means something
         assert ProsPr(steps=0, structure="channels")(net, Masks.dense(net.weights), data([(X, Y)]), generator())
+
+    def test_skeletonization_of_what_a_depthwise_convolution_reads(self):
+        model = Net(lambda m, x: F.relu(m.bn(m.c(x.sin()))), c=conv(2, 2, groups=2), bn=nn.BatchNorm2d(2), h=head(2))
+        with pytest.raises(
+            UnsupportedModelError, match=r"scale of the channels of 'c\.weight'.*batch_statistics=False"
+        ):
+            prune(model, method="skeletonization", density=0.5, batches=[(X, Y)])
+        fields = {"density": 0.7, "batches": [(X, Y)], "min_per_layer": 1}
+        assert prune(model, method="skeletonization", batch_statistics=False, **fields).masks.kept
+        assert prune(Net(plain, **pair()), method="skeletonization", **fields).masks.kept
 
     def test_norms_that_come_and_go(self):
         model = Net(lambda m, x: m.bn(m.c(x)) if len(x) > 4 else m.c(x), **pair())

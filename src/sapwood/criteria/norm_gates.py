@@ -55,6 +55,75 @@ class Following:
     shift: Tensor
 
 
+@dataclass(frozen=True)
+class NormGates:
+    """Where the gates of a model's channels stand.
+
+    Attributes:
+        norms: Calls of norms of single channels in a forward pass.
+        followings: What they follow.
+    """
+
+    norms: int
+    followings: tuple[Following, ...]
+
+    @classmethod
+    def of(cls, net: FunctionalModel, batch: Batch, generator: torch.Generator) -> NormGates:
+        """Looks at a model, in float64.
+
+        Args:
+            net: The model.
+            batch: A batch whose inputs the model takes; their values hardly matter.
+            generator: Of the random weights.
+        """
+
+        def positive(like: Tensor) -> Tensor:
+            return torch.rand(like.shape, generator=generator, device=net.device, dtype=torch.float64)
+
+        inputs = filled(resized(inputs_of(batch), SAMPLES), lambda t: t.double().abs() * (1 + positive(t)))
+        leaves = {}
+        for name, weight in net.weights.items():
+            fan_in = weight.numel() // weight.shape[net.layout[name].output % weight.dim()]
+            leaves[name] = (2 / fan_in * positive(weight)).requires_grad_()
+
+        found: list[Following] = []
+        with twice_differentiable(net):
+            with _Cut() as cut:
+                net.run({**_double(net.params), **leaves}, inputs, buffers=_double(net.own_buffers()), train=True)
+            for index, x in enumerate(cut.inputs):
+                if x.requires_grad:
+                    found += _followed(net, leaves, cut.gates[:index], x, index)
+        return cls(cut.calls, tuple(found))
+
+    def gradients(self, net: FunctionalModel, masks: Masks, loss: Callable[[Params], Tensor]) -> tuple[Params, Params]:
+        """The gradient of a loss in the gates, one entry a channel, by weight; and w dL/dw, for its size.
+
+        Args:
+            net: The model.
+            masks: Masks of the effective weights.
+            loss: The loss as a function of the effective weights; one forward pass.
+
+        Raises:
+            UnsupportedModelError: the forward pass does not call the norms that it called when it was looked at.
+        """
+        leaves = net.leaves(masks)
+        ones = net.weights[net.prunable[0]].new_ones
+        gates = {f"gate {i}": ones(f.gates).requires_grad_() for i, f in enumerate(self.followings)}
+        with _Moved(self.followings, list(gates.values())) as moved:
+            value = loss(leaves)
+        if moved.calls != self.norms:
+            raise _unsteady()
+
+        gradient = differentiate(value, {**leaves, **gates})
+        changes = {name: weight.detach() * gradient[name] for name, weight in leaves.items()}
+        further = _further(self.followings, [gradient[name] for name in gates])
+        sums = {}
+        for name, change in changes.items():
+            own = channel_sums(change, net.layout[name])
+            sums[name] = own + further[name] if name in further else own
+        return sums, changes
+
+
 class _AtNorms(TorchFunctionMode):
     """A context that sees the calls of norms of single channels."""
 
@@ -115,33 +184,6 @@ class _Moved(_AtNorms):
         return call(x) * behind
 
 
-def followings(net: FunctionalModel, batch: Batch, generator: torch.Generator) -> tuple[int, list[Following]]:
-    """The number of norms that a forward pass calls, and what they follow. Runs in float64.
-
-    Args:
-        net: The model.
-        batch: A batch whose inputs the model takes; their values hardly matter.
-        generator: Of the random weights.
-    """
-
-    def positive(like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=generator, device=net.device, dtype=torch.float64)
-
-    inputs = filled(resized(inputs_of(batch), SAMPLES), lambda t: t.double().abs() * (1 + positive(t)))
-    leaves = {}
-    for name, weight in net.weights.items():
-        fan_in = weight.numel() // weight.shape[net.layout[name].output % weight.dim()]
-        leaves[name] = (2 / fan_in * positive(weight)).requires_grad_()
-    found = []
-    with twice_differentiable(net):
-        with _Cut() as cut:
-            net.run({**_double(net.params), **leaves}, inputs, buffers=_double(net.own_buffers()), train=True)
-        for index, x in enumerate(cut.inputs):
-            if x.requires_grad:
-                found += list(_followed(net, leaves, cut.gates[:index], x, index))
-    return cut.calls, found
-
-
 def _followed(
     net: FunctionalModel, leaves: Params, gates: Sequence[Tensor], x: Tensor, index: int
 ) -> Iterator[Following]:
@@ -182,42 +224,6 @@ def _matched(x: Tensor, change: Tensor, factors: Tensor) -> tuple[Tensor, Tensor
     return torch.where(fits, nearest, -1), torch.where(fits, shift, 0.0)
 
 
-def gate_gradients(
-    net: FunctionalModel,
-    masks: Masks,
-    loss: Callable[[Params], Tensor],
-    norms: int,
-    followings: Sequence[Following],
-) -> tuple[Params, Params]:
-    """The gradient of a loss in a gate on every channel; one entry a channel, by weight. And w dL/dw, for its size.
-
-    Args:
-        net: The model.
-        masks: Masks of the effective weights.
-        loss: The loss as a function of the effective weights; one forward pass.
-        norms: As `followings` gives it.
-        followings: As `followings` gives them.
-
-    Raises:
-        UnsupportedModelError: the forward pass does not call the norms that it called when they were looked at.
-    """
-    leaves = net.leaves(masks)
-    ones = net.weights[net.prunable[0]].new_ones
-    gates = {f"gate {i}": ones(following.gates).requires_grad_() for i, following in enumerate(followings)}
-    with _Moved(followings, list(gates.values())) as moved:
-        value = loss(leaves)
-    if moved.calls != norms:
-        raise _unsteady()
-    gradient = differentiate(value, {**leaves, **gates})
-    changes = {name: weight.detach() * gradient[name] for name, weight in leaves.items()}
-    further = _further(followings, [gradient[name] for name in gates])
-    sums = {}
-    for name, change in changes.items():
-        own = channel_sums(change, channel_of(change, net.layout[name]))
-        sums[name] = own + further[name] if name in further else own
-    return sums, changes
-
-
 def _further(followings: Sequence[Following], gradients: Sequence[Tensor]) -> dict[str | int, Tensor]:
     """What the gates behind norms add for each source: those of the norms that follow it, and so on behind these."""
     total: dict[str | int, Tensor] = {}
@@ -227,7 +233,7 @@ def _further(followings: Sequence[Following], gradients: Sequence[Tensor]) -> di
         behind = gradient.clone()
         if following.norm in total:
             some = following.channel >= 0
-            behind.index_add_(0, following.channel[some], total[following.norm][some])
+            behind.index_put_((following.channel[some],), total[following.norm][some], accumulate=True)
         total[following.source] = total.get(following.source, torch.zeros_like(behind)) + behind
     return total
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from sapwood.batches import Batch, Data
 from sapwood.criteria.channels import channel_of, check_structure, refuse_without_scale
 from sapwood.criteria.derivatives import sample_losses
-from sapwood.criteria.norm_gates import followings, gate_gradients
+from sapwood.criteria.norm_gates import NormGates
 from sapwood.errors import unknown_name
 from sapwood.functional import FunctionalModel, Params, differentiate
 from sapwood.masks import Masks
@@ -83,9 +83,9 @@ class Taylor:
         self, net: FunctionalModel, masks: Masks, batches: tuple[Batch, ...], generator: torch.Generator
     ) -> Params:
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
-        norms, found = followings(net, batches[0], generator)
+        gates = NormGates.of(net, batches[0], generator)
         for loss in self._losses(net, masks, batches):
-            gradients, changes = gate_gradients(net, masks, loss, norms, found)
+            gradients, changes = gates.gradients(net, masks, loss)
             refuse_without_scale(net, changes, gradients)
             for name, gradient in gradients.items():
                 total[name] += gradient.square()[channel_of(total[name], net.layout[name])]
