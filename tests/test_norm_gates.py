@@ -260,6 +260,27 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), padding=1)
 
 
+class StandardisedByBatchNorm(nn.Conv2d):
+    """As timm's: the norm is called on the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        rows = F.batch_norm(rows, None, None, training=True, momentum=0.0)
+        return F.conv2d(x, rows.reshape_as(self.weight), padding=1)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("at", ["a", "bn"])
+def test_a_norm_of_the_weights(at, train):
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return F.relu(m.get_submodule(at)(m.c(x)))
+
+    layers = {"c": StandardisedByBatchNorm(2, 4, 3), "a": nn.Identity(), "bn": nn.BatchNorm2d(4), "h": head()}
+    model = Net(forward, **layers)
+    found = channel_scores(model, Taylor("channels", batch_statistics=train))
+    torch.testing.assert_close(found, gates(model, [at], train).square(), rtol=1e-9, atol=1e-12)
+
+
 def by_hand(m: Net, x: Tensor) -> Tensor:
     y = m.c(x)
     return F.relu((y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), keepdim=True) + 1e-5).sqrt())

@@ -13,7 +13,7 @@ from sapwood.experiments import terminal
 from sapwood.experiments.config import Place
 from sapwood.experiments.environment import device_of
 from sapwood.experiments.fields import parse_fields
-from sapwood.experiments.search import Shape, needs_batches, refuse_without_data, search, subject
+from sapwood.experiments.search import Shape, asking_for_data, needs_batches, refuse_without_data, search, subject
 from sapwood.methods import find, prunable
 
 
@@ -88,7 +88,7 @@ class Prune:
         out.parent.mkdir(parents=True, exist_ok=True)
         built.model.to(device)
         rounds = fields.get("rounds", getattr(find(self.method)[1], "rounds", 1))
-        with terminal.progress() as bar:
+        with terminal.progress() as bar, asking_for_data(self.method, self.data):
             task = bar.add_task(f"{self.method}, rounds", total=rounds)
             result = search(
                 built,

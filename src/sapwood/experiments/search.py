@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,21 @@ def refuse_without_data(method: str, fields: Mapping[str, Any]) -> None:
         raise _no_data(method)
 
 
+@contextmanager
+def asking_for_data(method: str, data_name: str | None) -> Iterator[None]:
+    """Inside, a method that asks for batches where no data set is named is refused in the command's words.
+
+    Raises:
+        ConfigError: it is.
+    """
+    try:
+        yield
+    except DataError as error:
+        if data_name is not None:
+            raise
+        raise _no_data(method) from error
+
+
 def _no_data(method: str) -> ConfigError:
     legal = ", ".join(data.names())
     return ConfigError(f"Method {method!r} scores on images of a data set: add --data NAME, NAME of {legal}.")
@@ -112,28 +128,19 @@ def search(
     on_round: Callable[[Round, Masks], Any] | None = None,
     **settings: Any,
 ) -> Result:
-    """Prunes and notes in the masks' provenance what it cost; `settings` go to `sapwood.prune`.
-
-    Raises:
-        ConfigError: the method asks for batches, and the subject has none.
-    """
+    """Prunes and notes in the masks' provenance what it cost; `settings` go to `sapwood.prune`."""
     device = next(subject.model.parameters()).device
     cost.reset_peak(device)
-    try:
-        result = prune(
-            subject.model,
-            method=method,
-            density=density,
-            input_shape=subject.input_shape,
-            batches=subject.batches,
-            seed=seed,
-            on_round=on_round,
-            **settings,
-        )
-    except DataError as error:
-        if subject.batches is not None:
-            raise
-        raise _no_data(method) from error
+    result = prune(
+        subject.model,
+        method=method,
+        density=density,
+        input_shape=subject.input_shape,
+        batches=subject.batches,
+        seed=seed,
+        on_round=on_round,
+        **settings,
+    )
     provenance = {**result.masks.provenance, "seconds": result.seconds, "peak_memory": cost.peak_memory(device)}
     return dataclasses.replace(result, masks=dataclasses.replace(result.masks, provenance=provenance))
 
