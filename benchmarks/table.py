@@ -37,6 +37,28 @@ def growth(rows: list[Row], machine: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
+def looks(rows: list[Row], machine: dict[str, str]) -> str:
+    """One line a network and method: CPU seconds of reading and looking, of the whole search, and their share."""
+    lines = []
+    for case in _distinct(rows, "case"):
+        for method in _distinct(rows, "method"):
+            mine = [row for row in rows if (row["case"], row["method"]) == (case, method) and "cpu_s" in row]
+            if not mine:
+                continue
+            seconds = [row["look_cpu_s"] for row in mine]
+            searches = [_with_looks(row) for row in mine]
+            shares = [100 * look / search for look, search in zip(seconds, searches, strict=True)]
+            lines.append([case, method, _spread(seconds), _spread(searches), _spread(shares), _basis(mine[0])])
+    head = ["network", "method", "reading and looking, CPU-s", "whole search, CPU-s", "share, %", "search from"]
+    return "\n".join([_heading(rows, machine), _table(head, lines)])
+
+
+def _with_looks(row: Row) -> float:
+    """CPU seconds of the whole search, the looks in it once."""
+    whole = row["mini_batches"] == row["all_mini_batches"]
+    return float(row["cpu_s"]) if whole else _full(row, "cpu_s") + row["look_cpu_s"]
+
+
 def _search_head(threads: Iterable[int]) -> list[str]:
     timed = [f"{kind}, {n} thread{'s' * (n > 1)}" for n in threads for kind in ("CPU-s", "wall s")]
     return [

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sapwood
 from sapwood import models
+from sapwood.batches import Data
 from sapwood.experiments.fields import parse_variant
+from sapwood.isolation import isolated
 from sapwood.methods import METHODS, configured
+from sapwood.witness import opened
 
 PUBLISHED, GEMM = "published", "gemm"
 
@@ -38,6 +42,7 @@ class Plan:
         mini_batches: Mini-batches (of Monte-Carlo and labelled methods) or rounds (of others) that it runs; of
             `all_mini_batches`.
         unit: What they are called.
+        look: The looks at the model that the call begins with, which a longer search does not repeat.
     """
 
     run: Callable[[], Any]
@@ -46,6 +51,7 @@ class Plan:
     mini_batches: int
     all_mini_batches: int
     unit: str
+    look: Callable[[], Any] = lambda: None
 
 
 def main(text: str) -> None:
@@ -87,34 +93,58 @@ def planned(case: Case, text: str, extent: str) -> Plan:
         fields["batch_size"] = min(case.batch_size, fields.get("batch_size", recipe.criterion.batch_size))
     recipe = configured(variant.method, recipe, fields)
     options = {"method": variant.method, "density": case.density, "input_shape": case.input_shape, **fields}
+    look = partial(_looked_at, model, case.input_shape)
     if draws:
         sizes = _sizes(recipe.criterion.samples, recipe.criterion.batch_size) * recipe.criterion.resamples
         if part:
             options |= {"rounds": 1, "resamples": 1, "samples": sizes[0]}
-        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part)
+        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, look)
     if getattr(recipe, "needs_data", True):
         sizes = _sizes(case.labelled, case.batch_size)
         options |= {"batches": _labelled(case, sizes[:1] if part else sizes)} | ({"rounds": 1} if part else {})
-        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part)
-    return Plan(lambda: sapwood.prune(model, **options), 1, 1, recipe.rounds, recipe.rounds, "rounds")
+        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, look)
+    return Plan(lambda: sapwood.prune(model, **options), 1, 1, recipe.rounds, recipe.rounds, "rounds", look)
 
 
 def timed(plan: Plan) -> dict[str, Any]:
-    """Wall and CPU seconds, and bytes at the peak and before."""
+    """Wall and CPU seconds, and bytes at the peak and before; the looks at the model apart, in CPU seconds.
+
+    A part of a search is without them, since what it stands for has them only once.
+    """
     before = _resident("VmRSS")
-    wall, cpu = time.perf_counter(), time.process_time()
-    plan.run()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    measured = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": _resident("VmHWM"), "before_bytes": before}
-    shares = {key: value for key, value in vars(plan).items() if key != "run"}
+    _, look = _seconds(plan.look)
+    wall, cpu = _seconds(plan.run)
+    bytes_used = {"peak_bytes": _resident("VmHWM"), "before_bytes": before}
+    once = look if plan.mini_batches < plan.all_mini_batches else 0.0
+    measured = {"wall_s": wall - once, "cpu_s": cpu - once, "look_cpu_s": look, **bytes_used}
+    shares = {key: value for key, value in vars(plan).items() if key not in ("run", "look")}
     return {**measured, **shares, "torch": torch.__version__, "sapwood": sapwood.__version__}
 
 
 def counted(plan: Plan) -> dict[str, Any]:
-    """Floating-point operations of convolutions and matrix products, two a multiply-add."""
+    """Floating-point operations of convolutions and matrix products, two a multiply-add; without the looks."""
+    flops = _flops(plan.run) - _flops(plan.look)
+    return {"flops": flops, "inputs": plan.inputs, "all_inputs": plan.all_inputs}
+
+
+def _flops(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
-        plan.run()
-    return {"flops": counter.get_total_flops(), "inputs": plan.inputs, "all_inputs": plan.all_inputs}
+        call()
+    return counter.get_total_flops()
+
+
+def _seconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _looked_at(model: torch.nn.Module, input_shape: tuple[int, ...]) -> Any:
+    """What `prune` does before it scores."""
+    device = torch.device("cpu")
+    with isolated(0, device):
+        return opened(model, Data.collect(None, input_shape, device))
 
 
 def gemm_rate(size: int = 1024, seconds: float = 1.0) -> float:
@@ -151,10 +181,12 @@ def _published(case: Case, model: torch.nn.Module, *, part: bool) -> Plan:
     return _plan(run, sizes, case.budget["rounds"], part)
 
 
-def _plan(run: Callable[[], Any], sizes: list[int], rounds: int, part: bool) -> Plan:
+def _plan(
+    run: Callable[[], Any], sizes: list[int], rounds: int, part: bool, look: Callable[[], Any] = lambda: None
+) -> Plan:
     every = (sum(sizes) * rounds, len(sizes) * rounds)
     done = (sizes[0], 1) if part else every
-    return Plan(run, done[0], every[0], done[1], every[1], "mini-batches")
+    return Plan(run, done[0], every[0], done[1], every[1], "mini-batches", look)
 
 
 def _sizes(samples: int, batch_size: int) -> list[int]:

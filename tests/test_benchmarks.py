@@ -108,6 +108,18 @@ def test_mask_search_measures_counts_and_tabulates(tmp_path):
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.filterwarnings("ignore:.*keep no weight")
+def test_looks_are_a_share_of_the_searches_that_they_precede(tmp_path):
+    import looks
+
+    out = tmp_path / "looks.json"
+    looks.main(["--models", "tiny", "--methods", "magnitude", "snip", "--repeats", "2", "--out", str(out)])
+    lines = [line.split("|")[1:-1] for line in out.with_suffix(".md").read_text().splitlines() if "| tiny |" in line]
+    assert [line[1].strip() for line in lines] == ["magnitude", "snip"]
+    assert all(float(line[4].split()[0]) > 0 for line in lines)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_scaling_fits_exponents(tmp_path):
     import scaling
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -387,3 +388,20 @@ def test_interrupt_exits_with_130_and_one_line(tmp_path):
     assert process.returncode == 130
     assert re.fullmatch(r"sapwood: error: interrupted.*\n", said)
     assert not (out / "result.json").exists()
+
+
+def test_a_warning_reaches_the_terminal_only_where_it_is_about_what_the_user_did(capsys, tmp_path, monkeypatch):
+    # torch warns of its own forward mode; the user's model warns of itself
+    (tmp_path / "mine.py").write_text(
+        "import warnings, torch\n"
+        "def factory(**_):\n"
+        "    warnings.warn('the weights of mine are old', FutureWarning)\n"
+        "    warnings.warn_explicit('torch is old', FutureWarning, torch.__file__, 1)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        flags = ["--method", "ntk-sap-jvp", "--density", "0.5", "--out", str(tmp_path / "m")]
+        assert main(["prune", "mine:factory", *SMALL[1:], *flags]) == 0
+    assert capsys.readouterr().err == "sapwood: warning: the weights of mine are old\n"

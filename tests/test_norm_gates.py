@@ -245,7 +245,7 @@ def test_every_layer_of_a_deep_network_keeps_channels_in_float32():
     model = create("resnet20", num_classes=10)
     batch = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
     net = FunctionalModel.of(model)
-    look = NormGates.of(net, batch, generator())
+    look = NormGates.of(net, data([batch]), generator())
     found = look.followings
     assert look.norms == len(found) == 21 and [f.norm for f in found] == list(range(21))
     assert all(torch.equal(f.channel, torch.arange(f.gates)) for f in found)
@@ -296,9 +296,13 @@ class TestRefused:
         ids=["a norm written out", "standardised weights"],
     )
     def test_what_undoes_the_scale_unseen(self, build):
-        model = build()
-        before = state_of(model)
         with pytest.raises(UnsupportedModelError, match=r"scale of the channels of 'c\.weight' has no effect"):
+            channel_scores(build(), Taylor("channels"))
+
+    def test_and_the_model_is_untouched(self):
+        model = Net(by_hand, c=conv(), h=head())
+        before = state_of(model)
+        with pytest.raises(UnsupportedModelError, match="scale of the channels"):
             prune(model, method="taylor", structure="channels", density=0.5, batches=[(X, Y)])
         assert same(before, state_of(model))
         assert prune(model, method="taylor", density=0.5, batches=[(X, Y)]).masks.kept

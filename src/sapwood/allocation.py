@@ -49,7 +49,7 @@ class Global:
             if floors[name]:
                 ranked = ranked.masked_fill(_top(ranked, floors[name]), math.inf)
             flat.append(ranked)
-        chosen = _top(torch.cat(flat), keep).split([s.numel() for s in scores.values()])  # type: ignore[no-untyped-call]
+        chosen = _top(torch.cat(flat), keep).split([s.numel() for s in scores.values()])
         return Masks({name: c.reshape(scores[name].shape) for name, c in zip(scores, chosen, strict=True)})
 
 

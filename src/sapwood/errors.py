@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 
 class SapwoodError(Exception):
@@ -52,3 +55,20 @@ def unknown_name(kind: str, name: str, legal: Iterable[str]) -> ConfigError:
 
 class SapwoodWarning(UserWarning):
     """Something that a user should look at, though the result stands (a collapsed layer, a zero-initialised branch)."""
+
+
+OTHERS = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parent))
+"""Where code lies that a user of the command did not write: Python's, installed packages', and ours."""
+
+
+def for_the_user(show: Callable[..., None]) -> Callable[..., None]:
+    """Makes of a `warnings.showwarning` one that leaves out what the user of the command cannot act on.
+
+    Shown are our warnings, and those about a line of the user's own files; what packages say of each other is not.
+    """
+
+    def shown(message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, SapwoodWarning) or not filename.startswith(OTHERS):
+            show(message, category, filename, *args, **kwargs)
+
+    return shown

@@ -29,7 +29,7 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def reset_norms(net: FunctionalModel) -> Params:
     """Scale 1 and shift 0, as a fresh network has them."""
     reset: Params = {}
-    for prefix, module in net.module.model.named_modules():
+    for prefix, module in net.module.names.modules.items():
         if isinstance(module, NORMS):
             for leaf, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
                 name = f"{prefix}.{leaf}" if prefix else leaf

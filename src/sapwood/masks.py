@@ -1,7 +1,8 @@
 """Masks: which weights are kept, as an immutable value with names, algebra and a file format.
 
 A mask says 1 = keep. Masks know nothing of models, optimizers or attaching: they meet a model only as a mapping from
-parameter name to tensor (`dict(model.named_parameters())`).
+parameter name to tensor (`dict(model.named_parameters())`). Their names are clean, without what wrappers put into them:
+`sapwood.names` looks at a model and translates; where there is only a mapping, `matched` compares words.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ from sapwood.errors import MaskError, MaskFileError
 FORMAT = "sapwood-masks"
 VERSION = "1"
 WRAPPERS = ("_orig_mod", "_forward_module")
+WORDS = (*WRAPPERS, "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Count(NamedTuple):
@@ -42,7 +44,9 @@ class Count(NamedTuple):
 
 
 def clean_name(name: str) -> str:
-    """Strips what DDP (`module.`), `torch.compile` (`_orig_mod.`) and Fabric (`_forward_module.`) put into a name.
+    """Strips what DDP (`module.`), `torch.compile` (`_orig_mod.`) and Fabric (`_forward_module.`) put before a name.
+
+    A guess by words, for state dicts and fingerprints, where there is no module to look at: see `sapwood.names`.
 
     >>> clean_name("module._orig_mod.fc.weight")
     'fc.weight'
@@ -53,14 +57,47 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
-def clean_names(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under names without wrapper prefixes."""
-    return {clean_name(name): tensor for name, tensor in named.items()}
+def matched(names: Iterable[str], named: Iterable[str]) -> dict[str, str]:
+    """For each of `names` the one of `named` that is equal to it, or else equal but for the words of wrappers.
+
+    Raises:
+        MaskError: there is none, or words alone cannot tell which.
+    """
+    names, known = list(names), dict.fromkeys(named)
+    alike: dict[str, list[str]] = {}
+    for name in known:
+        alike.setdefault(_bare(name), []).append(name)
+    found: dict[str, str] = {}
+    for name in names:
+        candidates = [name] if name in known else alike.get(_bare(name), [])
+        if not candidates:
+            raise MaskError(f"The masks belong to another model: it has no parameter {name!r}.")
+        if len(candidates) > 1:
+            raise MaskError(
+                f"The model has no parameter {name!r}, and both {candidates[0]!r} and {candidates[1]!r} are that name "
+                "in wrappers: give the masks the names that the model's parameters have."
+            )
+        found[name] = candidates[0]
+    if len(set(found.values())) < len(found):
+        other, name = _both(found)
+        raise MaskError(f"The masks {other!r} and {name!r} are both of the model's {found[name]!r}: keep one of them.")
+    return found
+
+
+def _both(found: Mapping[str, str]) -> tuple[str, str]:
+    """The first two keys that share a value."""
+    owners: dict[str, str] = {}
+    return next((o, key) for key, value in found.items() if (o := owners.setdefault(value, key)) != key)
+
+
+def _bare(name: str) -> str:
+    *path, leaf = name.split(".")
+    return ".".join([*(part for part in path if part not in WORDS), leaf])
 
 
 def fingerprint(named: Mapping[str, Tensor]) -> str:
     """Identifies an architecture: a hash of its parameter names and shapes (never of their values)."""
-    lines = sorted(f"{name}:{tuple(tensor.shape)}" for name, tensor in clean_names(named).items())
+    lines = sorted(f"{clean_name(name)}:{tuple(tensor.shape)}" for name, tensor in named.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -173,13 +210,19 @@ class Masks(Mapping[str, Tensor]):
     def _combine(self, other: Masks, operation: Any) -> Masks:
         other.check(self, strict=False)
         self.check(other, strict=False)
-        return Masks({name: operation(mask, other[name].to(mask.device)) for name, mask in self.items()})
+        theirs = matched(self, other)
+        return Masks({name: operation(mask, other[theirs[name]].to(mask.device)) for name, mask in self.items()})
 
     # Use.
 
     def apply(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Effective weights: `params` with the masked ones multiplied by their masks. Nothing is changed in place."""
-        return {name: p * self[name].to(p.dtype) if name in self else p for name, p in params.items()}
+        """Effective weights: `params` with the masked ones multiplied by their masks. Nothing is changed in place.
+
+        Raises:
+            MaskError: `params` lacks a masked name.
+        """
+        masks = {theirs: self[name] for name, theirs in matched(self, params).items()}
+        return {name: p * masks[name].to(p.dtype) if name in masks else p for name, p in params.items()}
 
     def to(self, device: torch.device | str) -> Masks:
         """The same masks on `device`."""
@@ -205,26 +248,23 @@ class Masks(Mapping[str, Tensor]):
         """Checks that the masks fit a model, given as a mapping from parameter name to tensor.
 
         Args:
-            named: `dict(model.named_parameters())`; wrapper prefixes are ignored.
+            named: `dict(model.named_parameters())`; the words of wrappers in its names are ignored.
             strict: Also compare the model's fingerprint with the one in the provenance, if it has one.
 
         Raises:
             MaskError: a masked name is missing, a shape differs, or the fingerprint is another model's.
         """
-        params = clean_names(named)
-        for name, mask in self.items():
-            if name not in params:
-                raise MaskError(f"The masks belong to another model: it has no parameter {name!r}.")
-            if params[name].shape != mask.shape:
+        for name, theirs in matched(self, named).items():
+            if named[theirs].shape != self[name].shape:
                 raise MaskError(
-                    f"The masks belong to another model: {name!r} has shape {tuple(params[name].shape)} in the model "
-                    f"and {tuple(mask.shape)} in the masks."
+                    f"The masks belong to another model: {name!r} has shape {tuple(named[theirs].shape)} in the model "
+                    f"and {tuple(self[name].shape)} in the masks."
                 )
         origin = self.provenance.get("fingerprint")
-        if strict and origin and origin != fingerprint(params):
+        if strict and origin and origin != fingerprint(named):
             raise MaskError(
                 f"The masks belong to another model: all masked layers fit, but the fingerprint is {origin} where the "
-                f"model's is {fingerprint(params)}. Pass strict=False to use them all the same."
+                f"model's is {fingerprint(named)}. Pass strict=False to use them all the same."
             )
 
     # Files.

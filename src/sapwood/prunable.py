@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from sapwood.errors import ConfigError, UnsupportedModelError, unknown_name
+from sapwood.names import Names
 
 LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 Pattern = str | type[nn.Module] | nn.Module
@@ -42,46 +43,70 @@ class Weight:
         aliases: All its names, the first included.
         owners: The modules that hold it, in the order of `aliases`.
         tensor: The parameter itself.
+        raw: What torch calls it where the model is wrapped (`sapwood.names`), in the order of `aliases`.
     """
 
     name: str
     aliases: tuple[str, ...]
     owners: tuple[nn.Module, ...]
     tensor: Tensor
+    raw: tuple[str, ...] = ()
 
     @property
     def is_layer_weight(self) -> bool:
-        """Whether it is a weight that is pruned by default."""
-        named = "weight" in self.name.rpartition(".")[2] or self.name.endswith("parametrizations.weight.original")
-        layer = all(_is_layer(owner) for owner in self.owners)
-        return self.tensor.dim() >= 2 and layer and (named or self.is_normalised)
+        """Whether it is a weight that is pruned by default: by all its owners, its name and its dimensions."""
+        _, parametrized, rest = self.name.rpartition("parametrizations.")
+        leaf = rest if parametrized else self.name.rpartition(".")[2]
+        return "weight" in leaf and all(map(self._is_weight_of, self.owners))
+
+    def _is_weight_of(self, owner: nn.Module) -> bool:
+        """A stack of matrices in a subclass of Linear is no linear layer's weight."""
+        if isinstance(owner, _ConvNd | nn.Bilinear):
+            return self.tensor.dim() >= 2
+        return self.tensor.dim() == 2 and (isinstance(owner, LAYERS) or self._is_transposed)
 
     @property
-    def is_normalised(self) -> bool:
-        """Whether it is a factor of a weight under weight_norm, which divides by the norm of every unit's weights."""
-        return self.name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1"))
+    def _is_transposed(self) -> bool:
+        """Whether it is the weight, (in, out), of Hugging Face's linear layer, which says its outputs in `nf`."""
+        owner = self.owners[0]
+        return type(owner).__name__ == "Conv1D" and getattr(owner, "nf", None) == self.tensor.shape[-1]
 
     @property
     def fan_in(self) -> int:
-        """Inputs that one output unit sums over (of the dense weight)."""
+        """Inputs that one output unit sums over (of the dense weight), by the convention of the layer that owns it.
+
+        Raises:
+            UnsupportedModelError: it is no layer's weight, and which of its dimensions is summed over is the forward's.
+        """
         shape, owner = self.tensor.shape, self.owners[0]
+        if not self.is_layer_weight:
+            raise UnsupportedModelError(
+                f"{self.name!r} of shape {tuple(shape)} is not the weight of a linear, convolution, attention or "
+                "recurrent layer, so its fan-in is not known (a stack of experts may be (experts, out, in) or "
+                "(experts, in, out)): exclude it, or make it the weight of a layer."
+            )
         if isinstance(owner, _ConvTransposeNd):  # (in, out / groups, ...): torch's own formula takes the wrong axis
             return shape[0] // owner.groups * math.prod(shape[2:])
-        if type(owner).__name__ == "Conv1D":  # Hugging Face's transposed linear layer
-            return shape[0]
-        return math.prod(shape[1:])
+        return shape[0] if self._is_transposed else math.prod(shape[1:])
 
     @property
-    def layout(self) -> Layout:
-        """Dimensions of its output and input channels; an embedding's inputs are its words."""
+    def layout(self) -> Layout | None:
+        """Dimensions of its output and input channels; None where they are not known.
+
+        They are known of layers, of vectors, and of embeddings, whose inputs are their words.
+        """
         owner = self.owners[0]
-        inputs_first = isinstance(owner, _ConvTransposeNd | nn.Embedding) or type(owner).__name__ == "Conv1D"
+        known = self.is_layer_weight or isinstance(owner, nn.Embedding | nn.EmbeddingBag) or self.tensor.dim() < 2
+        if not known:
+            return None
+        inputs_first = isinstance(owner, _ConvTransposeNd | nn.Embedding | nn.EmbeddingBag) or self._is_transposed
         return Layout(int(inputs_first), owner.groups if isinstance(owner, _ConvNd) else 1)
 
     def matches(self, pattern: Pattern) -> bool:
         """Whether a name, glob, module type or module selects this parameter."""
         if isinstance(pattern, str):
-            return any(fnmatchcase(n, pattern) or fnmatchcase(_module_of(n), pattern) for n in self.aliases)
+            names = (*self.aliases, *self.raw)
+            return any(fnmatchcase(n, pattern) or fnmatchcase(_module_of(n), pattern) for n in names)
         if isinstance(pattern, type):
             return any(isinstance(owner, pattern) for owner in self.owners)
         return any(parameter is self.tensor for parameter in pattern.parameters())
@@ -89,15 +114,13 @@ class Weight:
 
 def all_weights(model: nn.Module) -> list[Weight]:
     """Every parameter of the model once, ties resolved, in torch's order."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+    names = Names.of(model)
     weights = []
-    for name, parameter in model.named_parameters():
-        names = tuple(aliases[id(parameter)])
-        owners = tuple(_owner(modules, alias) for alias in names)
-        weights.append(Weight(name, names, owners, parameter))
+    for name, parameter in names.parameters.items():
+        aliases = names.aliases[name]
+        owners = tuple(names.modules[_module_of(alias)] for alias in aliases)
+        raw = tuple(names.raw[alias] for alias in aliases)
+        weights.append(Weight(name, aliases, owners, parameter, raw))
     return weights
 
 
@@ -114,10 +137,11 @@ def select(
 
     Raises:
         ConfigError: a pattern selects nothing.
-        UnsupportedModelError: nothing is left to prune, or the model is already under `torch.nn.utils.prune`.
+        UnsupportedModelError: nothing is left to prune, a weight is quantised, or the model is already under
+            `torch.nn.utils.prune`.
     """
     weights = all_weights(model)
-    include, exclude = _patterns(include), _patterns(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     for word, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(weight.matches(pattern) for weight in weights):
@@ -131,16 +155,8 @@ def select(
             "layer is left. Name parameters with include=, or exclude less."
         )
     for weight in chosen:
-        if weight.is_normalised:
-            raise UnsupportedModelError(
-                f"{weight.name!r} is under weight_norm, where a unit without weights becomes 0/0: remove the "
-                "weight_norm before pruning, or exclude the layer."
-            )
+        _refuse_quantised(weight)
     return chosen
-
-
-def _is_layer(owner: nn.Module) -> bool:
-    return isinstance(owner, LAYERS) or type(owner).__name__ == "Conv1D"
 
 
 def _module_of(name: str) -> str:
@@ -149,11 +165,8 @@ def _module_of(name: str) -> str:
     return ".".join(parts[: parts.index("parametrizations") if "parametrizations" in parts else -1])
 
 
-def _owner(modules: dict[str, nn.Module], name: str) -> nn.Module:
-    return modules[_module_of(name)]
-
-
-def _patterns(patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
+def as_patterns(patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
+    """One pattern or several, as several."""
     return (patterns,) if isinstance(patterns, str | type | nn.Module) else tuple(patterns)
 
 
@@ -165,10 +178,19 @@ def _matches_nothing(word: str, pattern: Pattern, weights: list[Weight]) -> Conf
     return ConfigError(f"{word} names {what}, but no parameter of the model belongs to it.")
 
 
+def _refuse_quantised(weight: Weight) -> None:
+    dtype = weight.tensor.dtype
+    if not (dtype.is_complex or dtype.is_floating_point) or dtype.itemsize < 2:
+        raise UnsupportedModelError(
+            f"{weight.name!r} holds {str(dtype).removeprefix('torch.')} numbers, and only floating-point weights of 16 "
+            f"bits or more can be pruned: prune before quantising, or leave it out with exclude={weight.name!r}."
+        )
+
+
 def _refuse_torch_pruned(model: nn.Module) -> None:
-    buffers = dict(model.named_buffers())
-    for name, _ in model.named_parameters():
-        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in buffers:
+    names = Names.of(model).tensors
+    for name in names:
+        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in names:
             raise UnsupportedModelError(
                 f"{name!r} is already under torch.nn.utils.prune. Call torch.nn.utils.prune.remove on its module, or "
                 "take its masks over with sapwood.from_torch_prune."

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from sapwood.allocation import Allocation, allocation, budget, check_rounding
 from sapwood.batches import Data
+from sapwood.coverage import Coverage
 from sapwood.errors import MaskError, SapwoodWarning, ScoreError
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import unwrapped
-from sapwood.masks import Masks, clean_name
+from sapwood.masks import Masks
+from sapwood.names import Names
 from sapwood.schedules import densities
 
 Scores = dict[str, Tensor]
@@ -92,6 +93,9 @@ class Round:
     collapsed: tuple[str, ...]
 
 
+MANY = 0.1
+"""Share of the kept weights without a score above which it is said."""
+
 OnRound = Callable[[Round, Masks], Any]
 
 
@@ -145,6 +149,7 @@ class Result:
         method: The method's name.
         params: New values of parameters and buffers, by name, pruned weights zero; None: the model's own stay.
         diagnosis: What the masks leave of the network, if it was asked for.
+        coverage: What of the model the masks cover, and what is left dense; None where no model was looked at.
     """
 
     masks: Masks
@@ -154,6 +159,7 @@ class Result:
     method: str = field(default="")
     params: Params | None = field(default=None, repr=False)
     diagnosis: Described | None = None
+    coverage: Coverage | None = None
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
@@ -162,17 +168,16 @@ class Result:
         Raises:
             MaskError: the model lacks one of the names, or has it with another shape; nothing was changed.
         """
-        core = unwrapped(model)
-        named = {**dict(core.named_parameters()), **dict(core.named_buffers())}
-        self.masks.check(named, strict=False)
-        params = self.params or {}
+        names = Names.of(model)
+        masks, params = names.fit(self.masks, strict=False), self.params or {}
+        targets = {name: names.tensors[target] for name, target in names.translated(params).items()}
         for name, value in params.items():
-            if name not in named or named[name].shape != value.shape:
+            if targets[name].shape != value.shape:
                 raise MaskError(f"The result belongs to another model, which has {name!r} of {tuple(value.shape)}.")
         for name, value in params.items():
-            named[name].copy_(value)
-        for name, mask in self.masks.items():
-            named[name].masked_fill_(~mask.to(named[name].device), 0)
+            targets[name].copy_(value)
+        for name, mask in masks.items():
+            names.tensors[name].masked_fill_(~mask.to(names.tensors[name].device), 0)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
@@ -180,14 +185,15 @@ class Result:
         return self.masks.collapsed
 
     def report(self) -> str:
-        """The per-layer table with a line on how it was made."""
+        """The per-layer table with a line on how it was made, and what is left dense of the model."""
         rounds = f"{len(self.history)} round{'' if len(self.history) == 1 else 's'}"
         head = (
             f"{self.method}: {self.masks.kept:,} of {self.masks.total:,} weights kept in {rounds}, {self.seconds:.1f} s"
         )
         empty = f"\ncollapsed layers: {', '.join(self.collapsed)}" if self.collapsed else ""
         left = "" if self.diagnosis is None else f"\n\n{self.diagnosis.table()}"
-        return f"{head}, seed {self.seed}\n\n{self.masks.table()}{empty}{left}"
+        whole = "" if self.coverage is None else f"\n{self.coverage}"
+        return f"{head}, seed {self.seed}{whole}\n\n{self.masks.table()}{empty}{left}"
 
     def __str__(self) -> str:
         return self.report()
@@ -232,14 +238,16 @@ def iterate(
     for index, (target, keep) in enumerate(budgets, start=1):
         begin = time.perf_counter()
         scores = method.criterion(net, masks, data, generator)
-        _check_scores(scores, net, method)
+        _check_scores(scores, masks, net, method)
         if method.invert:
             scores = {name: -score for name, score in scores.items()}
-        masks = allocate(scores, first if method.regrow else masks, keep)
+        candidates = first if method.regrow else masks
+        masks = allocate(scores, candidates, keep)
         history.append(Round(index, target, keep, time.perf_counter() - begin, masks.collapsed))
         if on_round:
             on_round(history[-1], masks)
     warn_of_collapse(masks)
+    _warn_of_ties(masks, candidates, scores)
     return masks, tuple(history)
 
 
@@ -251,11 +259,10 @@ def starting_masks(net: FunctionalModel, within: Masks | None) -> Masks:
     """
     if within is None:
         return Masks.dense(net.weights)
-    named = {clean_name(name): name for name in net.prunable}
-    within.check({clean: net.params[name] for clean, name in named.items()}, strict=False)
-    if missing := [clean for clean in named if clean not in within]:
+    within.check(net.weights, strict=False)
+    if missing := [name for name in net.prunable if name not in within]:
         raise MaskError(f"The masks of within= have no entry for {missing[0]!r}, which is to be pruned.")
-    return Masks({name: within[clean].to(net.params[name].device) for clean, name in named.items()})
+    return Masks({name: within[name].to(weight.device) for name, weight in net.weights.items()})
 
 
 def stages(
@@ -279,8 +286,21 @@ def warn_of_collapse(masks: Masks) -> None:
         )
 
 
-def _check_scores(scores: Scores, net: FunctionalModel, method: Method) -> None:
-    name_of = type(method.criterion).__name__
+def _warn_of_ties(masks: Masks, candidates: Masks, scores: Scores) -> None:
+    """Says so where the budget ends among scores of zero, so that many weights are kept for where they stand."""
+    zero = {name: candidates[name] & (score == 0) for name, score in scores.items()}
+    kept = sum(int((zero[name] & mask).sum()) for name, mask in masks.items())
+    if kept > MANY * masks.kept and kept < sum(int(entries.sum()) for entries in zero.values()):
+        warnings.warn(
+            f"{kept:,} of the {masks.kept:,} weights that are kept have the score 0 and are kept for their position "
+            "only: fewer weights than the budget matter to this score (dead units? a loss that few layers reach?).",
+            SapwoodWarning,
+            stacklevel=5,
+        )
+
+
+def _check_scores(scores: Scores, masks: Masks, net: FunctionalModel, method: Method) -> None:
+    name_of = getattr(method.criterion, "__name__", type(method.criterion).__name__)
     for name, weight in net.weights.items():
         if name not in scores or scores[name].shape != weight.shape:
             came = tuple(scores[name].shape) if name in scores else "none"
@@ -290,3 +310,15 @@ def _check_scores(scores: Scores, net: FunctionalModel, method: Method) -> None:
                 f"{name_of} gave NaN or infinite scores in {name!r}: check the model's outputs and loss on this input "
                 "(exploding activations without normalisation?)."
             )
+    if unreached := net.unreached():
+        raise ScoreError(
+            f"{name_of} has nothing to score {unreached[0]!r} by ({len(unreached)} such weights): what it "
+            "differentiates does not depend on them. Is the layer used in training mode only, behind a detach or "
+            f"no_grad, or not at all? Leave it out with exclude={unreached!r}, or give inputs that reach it."
+        )
+    if not any(bool((score[masks[name]] != 0).any()) for name, score in scores.items()):
+        raise ScoreError(
+            f"{name_of} gave every weight that is left the score 0, which ranks nothing: a saturated or constant loss "
+            "(cross-entropy of one logit), weights that are all zero, activations that are all dead, or a network that "
+            "earlier rounds have cut in two. Look at the loss and the outputs on this input, or prune less."
+        )

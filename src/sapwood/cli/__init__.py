@@ -20,7 +20,7 @@ from sapwood.cli.run import Run
 from sapwood.cli.show import Show
 from sapwood.cli.sweep import Sweep
 from sapwood.cli.train import Train
-from sapwood.errors import SapwoodError, SapwoodWarning
+from sapwood.errors import SapwoodError, SapwoodWarning, for_the_user
 from sapwood.experiments import terminal
 
 USAGE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as in a shell
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("always", SapwoodWarning)
-        warnings.showwarning = lambda message, *_, **__: terminal.complain("warning", message)
+        warnings.showwarning = for_the_user(lambda message, *_, **__: terminal.complain("warning", message))
         try:
             command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
             return int(command(shlex.join(["sapwood", *argv])))

@@ -109,6 +109,7 @@ class Prune:
                 "from Python, or train with `sapwood compare`, where they count.",
             )
         terminal.show(terminal.mask_table(result.masks))
+        print(result.coverage)
         print(out)
         return 0
 

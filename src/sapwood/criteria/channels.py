@@ -44,8 +44,25 @@ def pooled(net: FunctionalModel, values: Params, *, inputs: bool = False) -> Par
         net: The model.
         values: One tensor a prunable weight, of its shape; a vector's entries are channels of one.
         inputs: Sum over input channels instead: over all weights that read one unit in this layer.
+
+    Raises:
+        UnsupportedModelError: a matrix is no layer's weight, so that its channels are not known.
     """
-    return {name: _pooled(value, net.layout[name], inputs) for name, value in values.items()}
+    return {name: _pooled(value, layout_of(net, name), inputs) for name, value in values.items()}
+
+
+def layout_of(net: FunctionalModel, name: str) -> Layout:
+    """Where a prunable weight has its channels.
+
+    Raises:
+        UnsupportedModelError: a matrix is no layer's weight, so that they are not known.
+    """
+    if name not in net.layout:
+        raise UnsupportedModelError(
+            f"{name!r} is not the weight of a layer, so which of its dimensions is the output channels' is not "
+            "known: exclude it, or score single weights."
+        )
+    return net.layout[name]
 
 
 def channel_of(weight: Tensor, layout: Layout, *, inputs: bool = False) -> Tensor:
@@ -84,8 +101,8 @@ def refuse_without_scale(
             not.
     """
     for name, change in changes.items():
-        sizes = channel_sums(change.abs(), net.layout[name], inputs=inputs)
-        found = channel_sums(change, net.layout[name], inputs=inputs) if sums is None else sums[name]
+        sizes = channel_sums(change.abs(), layout_of(net, name), inputs=inputs)
+        found = channel_sums(change, layout_of(net, name), inputs=inputs) if sums is None else sums[name]
         alive = sizes > 0
         cancelled = alive & (found.abs() <= CANCELS * sizes)
         if int(cancelled.sum()) >= max(2, int(alive.sum()) / 2):

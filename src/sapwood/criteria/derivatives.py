@@ -9,16 +9,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sapwood.batches import Batch, inputs_of, samples
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.batches import Batch, inputs_of
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import single
+from sapwood.witness import look_at_second_derivatives
 
 
 @contextmanager
-def twice_differentiable(net: FunctionalModel) -> Iterator[None]:
+def plain_kernels(net: FunctionalModel) -> Iterator[None]:
     """Fused attention kernels, and cuDNN's recurrent ones, have no second derivative; the plain ones do."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in net.module.modules())
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=not recurrent):
+        yield
+
+
+@contextmanager
+def twice_differentiable(net: FunctionalModel, batch: Batch, *, temperature: float = 1.0) -> Iterator[None]:
+    """Plain kernels, and second derivatives that were seen to be right.
+
+    Args:
+        net: The model.
+        batch: A batch, on one sample of which its second derivatives are looked at.
+        temperature: What logits are divided by before the loss.
+
+    Raises:
+        UnsupportedModelError: they are not what autograd says (see `look_at_second_derivatives`).
+    """
+    with plain_kernels(net):
+        look_at_second_derivatives(net, batch, temperature)
         yield
 
 
@@ -36,7 +55,7 @@ def sample_losses(
     """
     effective = {name: weight.detach() for name, weight in net.leaves(masks).items()}
     buffers = net.calibrated(effective, inputs_of(batch)) if batch_statistics else None
-    for sample in samples(batch):
+    for sample in single(net, batch):
         yield lambda params, sample=sample: net.loss(params, sample, train=False, buffers=buffers)  # type: ignore[misc]
 
 
@@ -48,4 +67,4 @@ def sample_gradients(net: FunctionalModel, masks: Masks, batch: Batch, *, batch_
     """
     for loss in sample_losses(net, masks, batch, batch_statistics=batch_statistics):
         leaves = net.leaves(masks)
-        yield differentiate(loss(leaves), leaves)
+        yield net.differentiate(loss(leaves), leaves)

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapwood.batches import Data, size
+from sapwood.batches import Data
 from sapwood.criteria.derivatives import twice_differentiable
-from sapwood.functional import FunctionalModel, differentiate
+from sapwood.functional import FunctionalModel
 from sapwood.masks import Masks
 
 
@@ -43,13 +43,14 @@ class Grasp:
         """Scores every weight; pruned ones get 0."""
         batches = data.labelled()
         scores = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
-        with twice_differentiable(net):
+        with twice_differentiable(net, batches[0], temperature=self.temperature):
+            net = net.held()
             direction = net.gradient(masks, batches, temperature=self.temperature, train=self.batch_statistics)
-            for batch in batches:
+            for batch, count in net.counted(batches):
                 leaves = net.leaves(masks)
-                loss = net.loss(leaves, batch, temperature=self.temperature, train=self.batch_statistics) * size(batch)
-                gradient = differentiate(loss, leaves, create_graph=True)
-                slope = sum((gradient[name] * direction[name]).sum() for name in leaves)
-                for name, product in differentiate(slope, leaves).items():  # type: ignore[arg-type]
+                loss = net.loss(leaves, batch, temperature=self.temperature, train=self.batch_statistics) * count
+                gradient = net.differentiate(loss, leaves, create_graph=True)
+                slope = torch.stack([(gradient[name] * direction[name]).sum() for name in leaves]).sum()
+                for name, product in net.differentiate_again(slope, leaves).items():
                     scores[name] += leaves[name].detach() * product
         return net.summed(scores)

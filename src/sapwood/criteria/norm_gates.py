@@ -14,6 +14,7 @@ which it undoes the gates in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sapwood.batches import Batch, filled, inputs_of, resized
-from sapwood.criteria.channels import channel_of, channel_sums
-from sapwood.criteria.derivatives import twice_differentiable
-from sapwood.errors import UnsupportedModelError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.batches import Data, filled
+from sapwood.criteria.channels import channel_of, channel_sums, layout_of
+from sapwood.criteria.derivatives import plain_kernels
+from sapwood.errors import DataError, UnsupportedModelError
+from sapwood.functional import FunctionalModel, Params, differentiating
 from sapwood.masks import Masks
 from sapwood.prunable import Layout
+from sapwood.rows import shortened
 
 SAMPLES = 4  # of the look: enough that no two channels are proportional by chance
 EACH_CHANNEL = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
@@ -68,26 +70,28 @@ class NormGates:
     followings: tuple[Following, ...]
 
     @classmethod
-    def of(cls, net: FunctionalModel, batch: Batch, generator: torch.Generator) -> NormGates:
+    def of(cls, net: FunctionalModel, data: Data, generator: torch.Generator) -> NormGates:
         """Looks at a model, in float64.
 
         Args:
             net: The model.
-            batch: A batch whose inputs the model takes; their values hardly matter.
+            data: Batches, whose first inputs are taken; their values hardly matter.
             generator: Of the random weights.
         """
 
         def positive(like: Tensor) -> Tensor:
             return torch.rand(like.shape, generator=generator, device=net.device, dtype=torch.float64)
 
-        inputs = filled(resized(inputs_of(batch), SAMPLES), lambda t: t.double().abs() * (1 + positive(t)))
+        inputs = shortened(net, data.inputs()[0], SAMPLES)
+        with suppress(DataError):  # of several tensors, it is not known which are numbers: they stay
+            inputs = filled(inputs, lambda t: t.double().abs() * (1 + positive(t)), data.draw)
         leaves = {}
         for name, weight in net.weights.items():
-            fan_in = weight.numel() // weight.shape[net.layout[name].output % weight.dim()]
+            fan_in = weight.numel() // weight.shape[layout_of(net, name).output % weight.dim()]
             leaves[name] = (2 / fan_in * positive(weight)).requires_grad_()
 
         found: list[Following] = []
-        with twice_differentiable(net):
+        with plain_kernels(net), differentiating():
             with _Cut() as cut:
                 net.run({**_double(net.params), **leaves}, inputs, buffers=_double(net.own_buffers()), train=True)
             for index, x in enumerate(cut.inputs):
@@ -114,12 +118,12 @@ class NormGates:
         if moved.calls != self.norms:
             raise _unsteady()
 
-        gradient = differentiate(value, {**leaves, **gates})
+        gradient = net.differentiate(value, {**leaves, **gates})
         changes = {name: weight.detach() * gradient[name] for name, weight in leaves.items()}
         further = _further(self.followings, [gradient[name] for name in gates])
         sums = {}
         for name, change in changes.items():
-            own = channel_sums(change, net.layout[name])
+            own = channel_sums(change, layout_of(net, name))
             sums[name] = own + further[name] if name in further else own
         return sums, changes
 
@@ -198,7 +202,7 @@ def _followed(
     for (source, value), gradient in zip(sources.items(), gradients, strict=True):
         if gradient is None or not gradient.requires_grad:
             continue
-        channel = channel_of(value, net.layout[source] if isinstance(source, str) else VECTOR)
+        channel = channel_of(value, layout_of(net, source) if isinstance(source, str) else VECTOR)
         count = int(channel.max()) + 1
         factors = 1 + torch.arange(count, dtype=x.dtype, device=x.device) / count
         scaled = (factors[channel] * value.detach() * gradient).sum()

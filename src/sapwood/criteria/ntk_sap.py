@@ -49,8 +49,9 @@ from torch import Tensor
 from sapwood.batches import Batch, parts, size
 from sapwood.criteria.monte_carlo import MonteCarlo, mask_leaves
 from sapwood.errors import ConfigError, UnsupportedModelError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import takes_rows
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class NtkSap(MonteCarlo):
         self, net: FunctionalModel, masks: Masks, params: Params, direction: Params, batch: Batch
     ) -> Params:
         """That of `output_change` under the perturbation sqrt(epsilon) x direction."""
+        net = net.held()
         noise = {name: math.sqrt(self.epsilon) * normal for name, normal in direction.items()}
         chunked = 0 < self.chunk_size < size(batch)
         if self.merged_statistics and not chunked:
@@ -87,7 +89,7 @@ class NtkSap(MonteCarlo):
         buffers = _statistics(net, masks, params, batch, merged=self.merged_statistics)
         if not chunked:
             return _gradient(net, masks, params, noise, batch, buffers)
-        _refuse_batch_dependence(net)
+        _refuse_batch_dependence(net, batch)
         total: Params = {}
         for part in parts(batch, self.chunk_size):
             gradient = _gradient(net, masks, params, noise, part, buffers)
@@ -97,6 +99,7 @@ class NtkSap(MonteCarlo):
 
 def mask_gradient(net: FunctionalModel, masks: Masks, params: Params, noise: Params, batch: Batch) -> Params:
     """Gradient of `output_change` with respect to the masks, BatchNorm calibrated on the batch under w*m."""
+    net = net.held()
     return _gradient(net, masks, params, noise, batch, _statistics(net, masks, params, batch, merged=False))
 
 
@@ -131,12 +134,12 @@ def _gradient(
     net: FunctionalModel, masks: Masks, params: Params, noise: Params, batch: Batch, buffers: Params
 ) -> Params:
     leaves = mask_leaves(net, masks, params)
-    return differentiate(output_change(net, leaves, params, noise, batch, buffers), leaves)
+    return net.differentiate(output_change(net, leaves, params, noise, batch, buffers), leaves)
 
 
 def _merged_gradient(net: FunctionalModel, masks: Masks, params: Params, noise: Params, batch: Batch) -> Params:
     leaves, buffers = mask_leaves(net, masks, params), net.own_buffers()
-    return differentiate(output_change(net, leaves, params, noise, batch, buffers, record=True), leaves)
+    return net.differentiate(output_change(net, leaves, params, noise, batch, buffers, record=True), leaves)
 
 
 def _statistics(net: FunctionalModel, masks: Masks, params: Params, batch: Batch, *, merged: bool) -> Params:
@@ -150,9 +153,14 @@ def _statistics(net: FunctionalModel, masks: Masks, params: Params, batch: Batch
     return buffers
 
 
-def _refuse_batch_dependence(net: FunctionalModel) -> None:
+def _refuse_batch_dependence(net: FunctionalModel, batch: Batch) -> None:
     if any(norm.running_mean is None for norm in net.norms):
         raise UnsupportedModelError(
             "A BatchNorm without running statistics (track_running_stats=False) normalises with whatever it is given, "
             "so that parts of a batch would not give the score of the whole: set chunk_size=0."
+        )
+    if not takes_rows(net, batch):
+        raise UnsupportedModelError(
+            "The model's outputs do not belong to rows of its inputs one by one, so that parts of a batch would not "
+            "give the score of the whole: set chunk_size=0."
         )

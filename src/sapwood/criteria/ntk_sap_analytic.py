@@ -31,7 +31,7 @@ from torch import Tensor
 from sapwood.batches import Data
 from sapwood.errors import ConfigError, DataError, SapwoodWarning, UnsupportedModelError, unknown_name
 from sapwood.fresh import reset_norms
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 from sapwood.moments import Weight, propagate, traced
 
@@ -104,7 +104,7 @@ class NtkSapAnalytic:
         )  # fmt: skip
         assert output.td is not None
         full = output.td.expand(output.shape).sum()
-        return differentiate(full, leaves)
+        return net.differentiate(full, leaves)
 
 
 def _warn_if_trained(net: FunctionalModel) -> None:

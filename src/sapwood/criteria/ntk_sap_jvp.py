@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sapwood.batches import Batch
 from sapwood.criteria.monte_carlo import MonteCarlo, mask_leaves
 from sapwood.errors import UnsupportedModelError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 
@@ -57,11 +57,11 @@ class NtkSapJvp(MonteCarlo):
         leaves = mask_leaves(net, masks, params)
         try:
             with _differentiable_kernels(net):
-                return differentiate(squared_jvp(net, leaves, params, direction, batch), leaves)
+                return net.differentiate(squared_jvp(net, leaves, params, direction, batch), leaves)
         except torch.OutOfMemoryError:
             raise
         except (UnsupportedModelError, RuntimeError) as error:
-            if "forward AD" not in str(error) and "not implemented" not in str(error):
+            if not any(words in str(error) for words in ("forward AD", "not implemented", "setup_context")):
                 raise
             raise UnsupportedModelError(
                 f"PyTorch has no exact directional derivative of an operation of this model: {error}. "

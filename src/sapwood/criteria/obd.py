@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapwood.batches import Batch, Data, size
+from sapwood.batches import Batch, Data
 from sapwood.criteria.derivatives import sample_gradients, twice_differentiable
 from sapwood.errors import ConfigError, UnsupportedModelError, unknown_name
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 DIAGONALS = ("fisher", "hutchinson", "exact")
@@ -61,61 +61,65 @@ class OptimalBrainDamage:
         curvature = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         find = {"fisher": self._fisher, "hutchinson": self._hutchinson, "exact": self._exact}[self.diagonal]
         draws = generator.get_state()
-        for batch in data.labelled():
+        for batch, count in net.counted(data.labelled()):
             generator.set_state(draws)  # the same probes for all batches, so that they probe the sum of their Hessians
-            for name, part in find(net, masks, batch, generator).items():
+            for name, part in find(net, masks, batch, count, generator).items():
                 curvature[name] += part
         return {name: h * weights[name].square() / 2 for name, h in net.summed(curvature).items()}
 
-    def _fisher(self, net: FunctionalModel, masks: Masks, batch: Batch, generator: torch.Generator) -> Params:
+    def _fisher(
+        self, net: FunctionalModel, masks: Masks, batch: Batch, count: float, generator: torch.Generator
+    ) -> Params:
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
         for gradient in sample_gradients(net, masks, batch, batch_statistics=self.batch_statistics):
             for name, g in gradient.items():
                 total[name] += g.square()
         return total
 
-    def _hutchinson(self, net: FunctionalModel, masks: Masks, batch: Batch, generator: torch.Generator) -> Params:
+    def _hutchinson(
+        self, net: FunctionalModel, masks: Masks, batch: Batch, count: float, generator: torch.Generator
+    ) -> Params:
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
-        with twice_differentiable(net):
-            leaves, gradient = self._gradient(net, masks, batch)
+        with twice_differentiable(net, batch):
+            leaves, gradient = self._gradient(net, masks, batch, count)
             for _ in range(self.probes):
                 signs = {name: _signs(leaf, generator) for name, leaf in leaves.items()}
-                for name, product in _vector_product(gradient, leaves, signs).items():
+                for name, product in _vector_product(net, gradient, leaves, signs).items():
                     total[name] += signs[name] * product / self.probes
         return total
 
-    def _exact(self, net: FunctionalModel, masks: Masks, batch: Batch, generator: torch.Generator) -> Params:
-        count = sum(weight.numel() for weight in net.weights.values())
-        if count > EXACT_LIMIT:
+    def _exact(
+        self, net: FunctionalModel, masks: Masks, batch: Batch, count: float, generator: torch.Generator
+    ) -> Params:
+        weights = sum(weight.numel() for weight in net.weights.values())
+        if weights > EXACT_LIMIT:
             raise UnsupportedModelError(
-                f"The exact diagonal takes one backward pass a weight and batch, and the model has {count:,} prunable "
-                f"weights; the limit is {EXACT_LIMIT:,}. Use diagonal='fisher' or 'hutchinson', or exclude layers."
+                f"The exact diagonal takes one backward pass a weight and batch, and the model has {weights:,} "
+                f"prunable weights; the limit is {EXACT_LIMIT:,}. Use diagonal='fisher' or 'hutchinson', or exclude "
+                "layers."
             )
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
-        with twice_differentiable(net):
-            leaves, gradient = self._gradient(net, masks, batch)
+        with twice_differentiable(net, batch):
+            leaves, gradient = self._gradient(net, masks, batch, count)
             for name, leaf in leaves.items():
                 flat = total[name].view(-1)
                 for j, g in enumerate(gradient[name].flatten()):
-                    flat[j] = _vector_product({name: g}, {name: leaf})[name].flatten()[j]
+                    flat[j] = _vector_product(net, {name: g}, {name: leaf})[name].flatten()[j]
         return total
 
-    def _gradient(self, net: FunctionalModel, masks: Masks, batch: Batch) -> tuple[Params, Params]:
+    def _gradient(self, net: FunctionalModel, masks: Masks, batch: Batch, count: float) -> tuple[Params, Params]:
         """Leaves and the gradient of the summed loss in them, with its graph."""
         leaves = net.leaves(masks)
-        loss = net.loss(leaves, batch, train=self.batch_statistics) * size(batch)
-        return leaves, differentiate(loss, leaves, create_graph=True)
+        loss = net.loss(leaves, batch, train=self.batch_statistics) * count
+        return leaves, net.differentiate(loss, leaves, create_graph=True)
 
 
-def _vector_product(gradient: Params, leaves: Params, vector: Params | None = None) -> Params:
+def _vector_product(net: FunctionalModel, gradient: Params, leaves: Params, vector: Params | None = None) -> Params:
     """The Hessian times a vector (of ones); zero where the gradient depends on no leaf, as for a linear loss."""
     products = [g if vector is None else (g * vector[name]).sum() for name, g in gradient.items() if g.requires_grad]
     if not products:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(
-        torch.stack(products).sum(), list(leaves.values()), retain_graph=True, materialize_grads=True
-    )
-    return dict(zip(leaves, found, strict=True))
+    return net.differentiate_again(torch.stack(products).sum(), leaves)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

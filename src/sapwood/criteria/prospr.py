@@ -37,7 +37,7 @@ from sapwood.batches import Batch, Data
 from sapwood.criteria.channels import check_structure, refuse_without_scale, structured
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ConfigError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 
@@ -77,11 +77,11 @@ class ProsPr:
         """Scores every weight; pruned ones get 0."""
         batches = itertools.cycle(data.labelled())
         gates = {name: masks[name].to(weight.dtype).requires_grad_() for name, weight in net.weights.items()}
-        with twice_differentiable(net):
+        with twice_differentiable(net, data.labelled()[0]):
             start = {name: weight * gates[name] for name, weight in net.weights.items()}
             trained = self._trained(net, masks, start, [next(batches) for _ in range(self.steps)])
             loss = net.loss(trained, next(batches), train=self.batch_statistics)
-            gradient = differentiate(loss, gates)
+            gradient = net.differentiate_again(loss, gates)
         kept = net.summed({name: gradient[name] * masks[name] for name in gates})
         if self.structure == "channels" and not self.steps:
             refuse_without_scale(net, kept)
@@ -94,7 +94,7 @@ class ProsPr:
         velocity: Params = {}
         for batch in batches:
             loss = net.loss(params, batch, train=self.batch_statistics)
-            gradient = masks.apply(differentiate(loss, params, create_graph=not self.first_order))
+            gradient = masks.apply(net.differentiate(loss, params, create_graph=not self.first_order))
             velocity = self._velocity(velocity, gradient)
             params = {name: parameter - self.lr * velocity[name] for name, parameter in params.items()}
         return params

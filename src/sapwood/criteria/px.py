@@ -49,13 +49,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapwood.batches import Batch, Data, filled, resized
+from sapwood.batches import Batch, Data, Draw, filled
 from sapwood.criteria.gates import Record, Replay
 from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.criteria.px_released import released_scores
 from sapwood.criteria.synflow import flow_statistics
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import shortened, takes_rows
 
 CONSTANT = ("bias", "beta")  # what comes from no input
 
@@ -82,24 +83,27 @@ class PX:
         ones = _auxiliary(net, masks, torch.ones_like)
         total = {name: torch.zeros_like(squares[name]) for name in net.prunable}
         for batch in data.inputs():
-            paths = self.activated(net, masks, ones, batch)
+            paths = self.activated(net, masks, ones, batch, data.draw)
             leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
-            start = filled(resized(batch, 1), torch.ones_like)
+            start = filled(shortened(net, batch, 1), torch.ones_like, data.draw)
             with LinearFlow():
                 values = net.outputs({**squares, **leaves}, start, buffers=flow_statistics(net, torch.square))
-            for name, gradient in differentiate((paths * values).sum(), leaves).items():
+            for name, gradient in net.differentiate((paths * values).sum(), leaves).items():
                 total[name] += gradient
         return {name: squares[name] * gradient for name, gradient in net.summed(total).items()}
 
-    def activated(self, net: FunctionalModel, masks: Masks, ones: Params, batch: Batch) -> Tensor:
-        """Activated paths to every output, weighted with the squared inputs: the outputs' shape with a batch of one."""
+    def activated(self, net: FunctionalModel, masks: Masks, ones: Params, batch: Batch, draw: Draw = None) -> Tensor:
+        """Activated paths to every output, weighted with the squared inputs: the outputs' shape with a batch of one.
+
+        Of a batch that is one whole, it has the outputs' own shape.
+        """
         with torch.no_grad():
             with Record() as record:
                 net.outputs(masks.apply(net.weights), batch)
-            squared = filled(batch, torch.square)
+            squared = filled(batch, torch.square, draw)
             with Replay(record.gates):
                 paths = net.outputs(ones, squared, buffers=flow_statistics(net, torch.ones_like))
-        return paths.sum(0, keepdim=True)
+        return paths.sum(0, keepdim=True) if takes_rows(net, batch) else paths
 
 
 def _auxiliary(net: FunctionalModel, masks: Masks, value: Callable[[Tensor], Tensor]) -> Params:

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from sapwood.batches import Batch, Data, filled
 from sapwood.criteria.gates import Record, Replay
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 
@@ -67,11 +67,11 @@ def released_scores(net: FunctionalModel, masks: Masks, data: Data, *, spare_cla
         leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
         gates = _gates(net, masks, batch)
         with torch.no_grad(), Replay(gates):
-            paths = net.outputs(ones, filled(batch, torch.square), buffers=_buffers(net), train=True)
+            paths = net.outputs(ones, filled(batch, torch.square, data.draw), buffers=_buffers(net), train=True)
         with Replay([torch.ones_like(gate) for gate in gates]):
-            start = filled(batch, torch.ones_like)
+            start = filled(batch, torch.ones_like, data.draw)
             values = net.outputs({**squares, **leaves}, start, buffers=_buffers(net), train=True)
-        for name, gradient in differentiate((paths * values).sum(), leaves).items():
+        for name, gradient in net.differentiate((paths * values).sum(), leaves).items():
             total[name] += gradient
     squared = masks.apply({name: weight.double().square() for name, weight in net.weights.items()})
     return {name: squared[name] * gradient.abs() for name, gradient in net.summed(total).items()}

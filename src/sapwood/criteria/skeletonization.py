@@ -21,15 +21,16 @@ in between: use many rounds.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sapwood.batches import Batch, Data, size, target_of
+from sapwood.batches import Batch, Data, classes_last, target_of
 from sapwood.criteria.channels import pooled, refuse_without_scale
 from sapwood.errors import DataError, unknown_name
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 ERRORS = ("linear", "loss")
@@ -59,17 +60,21 @@ class Skeletonization:
         """
         effective = masks.apply(net.weights)
         total = {name: torch.zeros_like(weight) for name, weight in effective.items()}
-        for batch in data.labelled():
+        for batch, count in self._counted(net, data):
             leaves = net.leaves(masks)
-            for name, gradient in differentiate(self._error(net, leaves, batch), leaves).items():
+            for name, gradient in net.differentiate(self._error(net, leaves, batch) * count, leaves).items():
                 total[name] -= effective[name] * gradient
         total = net.summed(total)
         refuse_without_scale(net, total, inputs=True)
         return pooled(net, total, inputs=True)
 
+    def _counted(self, net: FunctionalModel, data: Data) -> Iterable[tuple[Batch, float]]:
+        batches = data.labelled()
+        return net.counted(batches) if self.error == "loss" else ((batch, 1) for batch in batches)
+
     def _error(self, net: FunctionalModel, params: Params, batch: Batch) -> Tensor:
         if self.error == "loss":
-            return net.loss(params, batch, train=self.batch_statistics) * size(batch)
+            return net.loss(params, batch, train=self.batch_statistics)
         return linear_error(net.outputs(params, batch, train=self.batch_statistics), target_of(batch))
 
 
@@ -82,7 +87,7 @@ def linear_error(output: Tensor, target: Tensor) -> Tensor:
         target: Of the output's shape, or class indices; negative ones are ignored.
 
     Raises:
-        DataError: the shapes do not fit.
+        DataError: the shapes do not fit, or the classes may be in either dimension.
     """
     if target.is_floating_point():
         if target.shape != output.shape:
@@ -91,7 +96,7 @@ def linear_error(output: Tensor, target: Tensor) -> Tensor:
                 f"{tuple(target.shape)}; they must be the same. error='loss' takes the loss instead."
             )
         return (target - output).abs().sum()
-    logits = output if target.shape == output.shape[:-1] else output.movedim(1, -1)
+    logits = output if classes_last(output, target) else output.movedim(1, -1)
     if target.shape != logits.shape[:-1]:
         raise DataError(
             f"Class indices of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}; "

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapwood.batches import Data, filled, resized
+from sapwood.batches import Data, filled
 from sapwood.criteria.linear_flow import LinearFlow
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import shortened
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ def flow_scores(net: FunctionalModel, masks: Masks, data: Data, positive: Callab
         data: What the shape of an input is read from.
         positive: Makes weights and BatchNorm's variances positive; its result is in float64.
     """
-    ones = filled(resized(data.templates()[0], 1), lambda t: torch.ones_like(t, device=net.device))
+    template = shortened(net, data.templates()[0], 1)
+    ones = filled(template, lambda t: torch.ones_like(t, device=net.device), data.draw)
     params = {name: _positive(p, positive) for name, p in net.params.items()}
     kept = masks.apply({name: params[name] for name in net.prunable})
     leaves = {name: weight.requires_grad_() for name, weight in kept.items()}
     with LinearFlow():
         output = net.outputs({**params, **leaves}, ones, buffers=flow_statistics(net, positive))
-    gradient = differentiate(output.sum(), leaves)
+    gradient = net.differentiate(output.sum(), leaves)
     return {name: (leaf.detach() * gradient[name]).abs() for name, leaf in leaves.items()}
 
 

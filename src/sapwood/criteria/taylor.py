@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from sapwood.batches import Batch, Data
-from sapwood.criteria.channels import channel_of, check_structure, refuse_without_scale
+from sapwood.criteria.channels import channel_of, check_structure, layout_of, refuse_without_scale
 from sapwood.criteria.derivatives import sample_losses
 from sapwood.criteria.norm_gates import NormGates
 from sapwood.errors import unknown_name
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
 PER = ("batch", "sample")
@@ -69,26 +69,24 @@ class Taylor:
         batches = data.labelled()
         if self.structure == "weights":
             return net.summed(self._weights(net, masks, batches))
-        return net.summed(self._channels(net, masks, batches, generator))
+        gates = NormGates.of(net, data, generator)
+        return net.summed(self._channels(net, masks, batches, gates))
 
     def _weights(self, net: FunctionalModel, masks: Masks, batches: tuple[Batch, ...]) -> Params:
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
         for loss in self._losses(net, masks, batches):
             leaves = net.leaves(masks)
-            for name, gradient in differentiate(loss(leaves), leaves).items():
+            for name, gradient in net.differentiate(loss(leaves), leaves).items():
                 total[name] += (leaves[name].detach() * gradient).square()
         return total
 
-    def _channels(
-        self, net: FunctionalModel, masks: Masks, batches: tuple[Batch, ...], generator: torch.Generator
-    ) -> Params:
+    def _channels(self, net: FunctionalModel, masks: Masks, batches: tuple[Batch, ...], gates: NormGates) -> Params:
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}
-        gates = NormGates.of(net, batches[0], generator)
         for loss in self._losses(net, masks, batches):
             gradients, changes = gates.gradients(net, masks, loss)
             refuse_without_scale(net, changes, gradients)
             for name, gradient in gradients.items():
-                total[name] += gradient.square()[channel_of(total[name], net.layout[name])]
+                total[name] += gradient.square()[channel_of(total[name], layout_of(net, name))]
         return total
 
     def _losses(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sapwood.batches import Batch, filled
+from sapwood.batches import Batch, Draw, filled
 from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.errors import UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
-from sapwood.masks import Masks, clean_name
+from sapwood.masks import Masks
 
 SCALES = (1.0, 1e-300)  # of the inputs and of the outputs: float64 then counts to 10^308 or to 10^600
 
@@ -40,12 +41,13 @@ class Paths:
     shares: Mapping[str, Tensor]
 
 
-def count(net: FunctionalModel, masks: Masks, template: Batch) -> Paths:
+def count(net: FunctionalModel, masks: Masks, template: Batch, draw: Draw = None) -> Paths:
     """Counts for one input of the template's shape; call it under `isolated`."""
     for scale in SCALES:
-        leaves = {name: _ones(name, p, masks.get(clean_name(name))) for name, p in net.params.items() if _is_real(p)}
-        wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}
-        inputs = filled(template, lambda t: torch.full_like(t, scale, device=net.device, dtype=torch.float64))  # noqa: B023
+        leaves = {name: _ones(name, p, masks.get(name)) for name, p in net.params.items() if _is_real(p)}
+        wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in masks}
+        fill = partial(torch.full_like, fill_value=scale, device=net.device, dtype=torch.float64)
+        inputs = filled(template, fill, draw)
         with _Sums(), LinearFlow():
             total = net.outputs(leaves, inputs, buffers=_unit(net)).sum()
         seed = torch.full_like(total, scale)
@@ -61,10 +63,7 @@ def count(net: FunctionalModel, masks: Masks, template: Batch) -> Paths:
 def _paths(value: float, scale: float, gradients: Params, leaves: Params) -> Paths:
     log10 = math.log10(value) - math.log10(scale) if value > 0 else -math.inf
     some = value > 0
-    parts = {
-        clean_name(n): leaves[n].detach() * g / (value * scale) if some else torch.zeros_like(g)
-        for n, g in gradients.items()
-    }
+    parts = {n: leaves[n].detach() * g / (value * scale) if some else torch.zeros_like(g) for n, g in gradients.items()}
     return Paths(log10, parts)
 
 

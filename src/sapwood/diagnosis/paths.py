@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sapwood.batches import Batch, Data, filled, resized
+from sapwood.batches import Batch, Data, filled
 from sapwood.criteria.linear_flow import LinearFlow
-from sapwood.functional import Forward, FunctionalModel, Params, differentiate
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name
+from sapwood.functional import Forward, FunctionalModel, Params
+from sapwood.isolation import device_of, isolated
+from sapwood.masks import Masks
+from sapwood.names import Names
+from sapwood.rows import shortened
+from sapwood.witness import opened
 
 CONSTANT = ("bias", "beta")  # they put values in that come from no input
 
@@ -31,6 +34,7 @@ def effective(
     *,
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
+    draw: Iterable[str] | None = None,
     forward: Forward | None = None,
 ) -> Masks:
     """The masks without the kept weights that are on no path from an input to an output.
@@ -44,6 +48,7 @@ def effective(
         masks: Its masks.
         input_shape: Shape of one sample without the batch, e.g. (3, 32, 32).
         batches: Batches to take the shapes, or integer inputs, from instead.
+        draw: Which tensors of a mapping are numbers, as in `prune`.
         forward: `forward(model, inputs)`, for models that are not simply called.
 
     Returns:
@@ -62,18 +67,18 @@ def effective(
         >>> effective(model, Masks(cut), input_shape=(2,)).per_layer()["0.weight"].kept
         2
     """
-    core = unwrapped(model)
-    masks.check(dict(core.named_parameters()), strict=False)
-    device = next(core.parameters()).device
+    masks = Names.of(model).fit(masks, strict=False)
+    device = device_of(model)
     with isolated(0, device):
-        net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
-        template = Data.collect(batches, input_shape, device).templates()[0]
-        ones = filled(resized(template, 1), lambda t: torch.ones_like(t, device=device))
-        leaves = {n: _probe(n, p, masks.get(clean_name(n))) for n, p in net.params.items() if p.is_floating_point()}
-        wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if clean_name(name) in masks}
+        data = Data.collect(batches, input_shape, device, draw)
+        net = opened(model, data, masked=tuple(masks), include=tuple(masks), forward=forward, zero_init="keep")
+        template = shortened(net, data.templates()[0], 1)
+        ones = filled(template, lambda t: torch.ones_like(t, device=device), data.draw)
+        leaves = {n: _probe(n, p, masks.get(n)) for n, p in net.params.items() if p.is_floating_point()}
+        wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in masks}
         with _Paths(), LinearFlow():
             output = net.outputs(leaves, ones, buffers=_uncentred(net))
-        gradient = {clean_name(n): g for n, g in differentiate(output.sum(), wanted).items()}
+        gradient = net.differentiate(output.sum(), wanted)
     return Masks({n: mask & (gradient[n] != 0).to(mask.device) for n, mask in masks.items()}, masks.provenance)
 
 

@@ -15,12 +15,14 @@ from sapwood.diagnosis.paths import effective
 from sapwood.errors import SapwoodError
 from sapwood.fresh import normal
 from sapwood.functional import Forward, FunctionalModel
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name, text_table
+from sapwood.isolation import device_of, isolated
+from sapwood.masks import Masks, text_table
+from sapwood.names import Names, unwrapped
 from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
 from sapwood.ntk.traces import hutchinson
 from sapwood.prunable import Weight, all_weights
+from sapwood.rows import shortened
 
 SAMPLES, PROBES = 8, 8
 ALL_PATHS = 1 - 1e-9
@@ -34,10 +36,10 @@ class LayerDiagnosis:
         kept: Weights that the mask keeps.
         effective: Those on a path from an input to an output.
         weights: All weights.
-        units: Output units (neurons, channels).
+        units: Output units (neurons, channels); none of a matrix that is no layer's weight, as they are not known.
         dead: Units through which no path goes.
         bottlenecks: Numbers of the units through which all paths of the network go, where the layer has others.
-        busiest: Share of all paths that go through the layer's busiest unit, 0 to 1.
+        busiest: Share of all paths that go through the layer's busiest unit, 0 to 1; NaN where it has no units.
         gradient: Root of the mean over inputs and random signs z of |d(z . f)/d(kept weights)|^2: the norm of the
             gradient that reaches the layer from outputs of unit gradients (the square root of its share of the tangent
             kernel's trace, per input); NaN where it was not measured.
@@ -94,7 +96,7 @@ class Diagnosis:
                 f"{layer.effective:,}",
                 f"{layer.kept:,}",
                 f"{layer.dead:,} of {layer.units:,}",
-                f"{100 * layer.busiest:.3g} %" + (" all" if layer.bottlenecks else ""),
+                "-" if math.isnan(layer.busiest) else f"{100 * layer.busiest:.3g} %" + " all" * bool(layer.bottlenecks),
                 "-" if math.isnan(layer.gradient) else f"{layer.gradient:.3g}",
             )
             for name, layer in self.layers.items()
@@ -117,6 +119,7 @@ def diagnose(
     *,
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
+    draw: Iterable[str] | None = None,
     forward: Forward | None = None,
     seed: int = 0,
 ) -> Diagnosis:
@@ -127,6 +130,7 @@ def diagnose(
         masks: Its masks.
         input_shape: Shape of one sample without the batch, e.g. (3, 32, 32): gradients are on eight Gaussian inputs.
         batches: Batches whose first gives the inputs instead.
+        draw: Which tensors of a mapping are numbers, as in `prune`.
         forward: `forward(model, inputs)`, for models that are not simply called.
         seed: Of the inputs and signs of the gradients.
 
@@ -145,15 +149,17 @@ def diagnose(
         (1, {'0.weight': (0,)}, 2)
     """
     core = unwrapped(model)
-    live = effective(core, masks, input_shape=input_shape, batches=batches, forward=forward)
-    device = next(core.parameters()).device
+    batches = None if batches is None else list(batches)
+    masks = Names.of(model).fit(masks, strict=False)
+    live = effective(core, masks, input_shape=input_shape, batches=batches, draw=draw, forward=forward)
+    device = device_of(core)
     with isolated(seed, device):
         net = FunctionalModel.of(core, include=tuple(masks), forward=forward, zero_init="keep")
-        template = Data.collect(batches, input_shape, device).templates()[0]
-        paths = count(net, masks, resized(template, 1))
+        data = Data.collect(batches, input_shape, device, draw)
+        paths = count(net, masks, shortened(net, data.templates()[0], 1), data.draw)
         generator = torch.Generator(device).manual_seed(seed)
-        gradients = _gradients(core, net, masks, template, batches is not None, forward, generator)
-    owners = {clean_name(weight.name): weight for weight in all_weights(core)}
+        gradients = _gradients(core, net, masks, data, forward, generator)
+    owners = {weight.name: weight for weight in all_weights(core)}
     layers = {
         name: _layer(mask, live[name], paths, name, owners[name], gradients.get(name, math.nan))
         for name, mask in masks.items()
@@ -176,29 +182,30 @@ def _layer(mask: Tensor, live: Tensor, paths: Paths, name: str, weight: Weight, 
         units=len(by_unit),
         dead=int((~by_unit).sum()),
         bottlenecks=tuple(full),
-        busiest=float(shares.max()),
+        busiest=float(shares.max()) if len(shares) else math.nan,
         gradient=gradient,
     )
 
 
 def _unit_first(tensor: Tensor, weight: Weight) -> Tensor:
-    """Units x weights that lead into them."""
-    axis = weight.layout.output
-    return tensor.movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    """Units x weights that lead into them; no units where the weight's layout is not known."""
+    if tensor.dim() < 2:
+        return tensor[:, None]
+    layout = weight.layout
+    return tensor.new_empty(0, 1) if layout is None else tensor.movedim(layout.output, 0).flatten(1)
 
 
 def _gradients(
     model: nn.Module,
     net: FunctionalModel,
     masks: Masks,
-    template: Batch,
-    real: bool,
+    data: Data,
     forward: Forward | None,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Norms by layer; empty where a random or otherwise unfit model has no kernel."""
-    inputs = resized(template, SAMPLES)
-    if not real:
+    inputs = resized(data.templates()[0], SAMPLES)
+    if data.input_shape is not None:
         inputs = filled(inputs, lambda t: normal(t.to(net.device, net.dtype), generator))
     try:
         outputs = Outputs.of(
@@ -207,4 +214,4 @@ def _gradients(
         found = hutchinson(of_outputs(outputs), PROBES, generator)
     except SapwoodError:
         return {}
-    return {clean_name(name): math.sqrt(part / SAMPLES) for name, part in found.by_layer.items()}
+    return {name: math.sqrt(part / SAMPLES) for name, part in found.by_layer.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sapwood.errors import RunBusyError, SapwoodError, SapwoodWarning
+from sapwood.errors import RunBusyError, SapwoodError, SapwoodWarning, for_the_user
 from sapwood.experiments import store
 from sapwood.experiments.config import Place, RunConfig
 from sapwood.experiments.run import run
@@ -68,6 +68,7 @@ def attempt(job: Job) -> Outcome:
     try:
         with warnings.catch_warnings(), tracked(job.tracker, job.config, job.folder) as on_epoch:
             warnings.simplefilter("ignore", SapwoodWarning)  # collapsed layers are in the result
+            warnings.showwarning = for_the_user(warnings.showwarning)
             return Outcome(
                 job.config, run(job.config, job.folder, job.place, keep=job.keep, on_epoch=on_epoch, wait=job.wait)
             )

@@ -23,6 +23,7 @@ from sapwood.experiments.stages import pruned
 from sapwood.experiments.summary import finished, sparsity
 from sapwood.masks import Masks
 from sapwood.methods import METHODS
+from sapwood.names import Names
 
 PAPER = ("ntk-sap", "snip", "iter-snip", "synflow", "magnitude", "grasp")
 ALL = "all"
@@ -77,8 +78,8 @@ def spectra(
     """
     dataset = load_data(data, None, place)
     net, (images, _) = _subject(model, dataset, seed, config.per_class, place)
-    for masks in networks.values():
-        masks.check(dict(net.named_parameters()))
+    names = Names.of(net)
+    networks = {label: names.fit(masks) for label, masks in networks.items()}
     if config.batch_size is not None and len(images) % config.batch_size:
         raise ConfigError(
             f"--batch-size {config.batch_size} does not divide the {len(images)} images: choose another, or another "

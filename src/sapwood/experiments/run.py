@@ -23,6 +23,7 @@ from sapwood.experiments.store import RunResult
 from sapwood.experiments.together import first, gathered
 from sapwood.masks import Masks
 from sapwood.methods import prunable
+from sapwood.names import Names
 from sapwood.training import Epoch, TrainResult
 
 if TYPE_CHECKING:  # imported late, as it is slow to import
@@ -63,7 +64,7 @@ def run(
     fresh = functools.partial(create_model, config.model, dataset, config.seed)
     model = fresh()
     if masks is not None:
-        masks.check(dict(model.named_parameters()))
+        masks = Names.of(model).fit(masks)
     elif fabric is not None and config.method != DENSE:
         raise ConfigError(f"{fabric.world_size} processes train under masks that are there: prune first.")
     where = environment(device, fabric)

@@ -18,6 +18,7 @@ from sapwood.experiments.material import Split
 from sapwood.experiments.search import Subject, needs_batches, search
 from sapwood.experiments.together import first
 from sapwood.masks import Masks
+from sapwood.names import Names
 from sapwood.pruning import Result
 from sapwood.training import Epoch, TrainConfig, TrainResult, intact, train
 
@@ -92,8 +93,7 @@ def _masks_in(folder: Path, config: RunConfig, model: nn.Module) -> Masks | None
     if not path.exists():
         return None
     try:
-        masks = Masks.load(path)
-        masks.check(dict(model.named_parameters()))
+        masks = Names.of(model).fit(Masks.load(path))
         if masks.provenance.get(NEW_WEIGHTS):
             params = weights.load_new(folder / weights.NEW, next(model.parameters()).device)
             Result(masks, (), 0.0, config.seed, params=params).load_into(model)

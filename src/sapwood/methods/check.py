@@ -16,9 +16,11 @@ from sapwood.criteria.ntk_sap_analytic import NtkSapAnalytic
 from sapwood.errors import ConfigError
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_name, text_table
+from sapwood.isolation import device_of, isolated
+from sapwood.masks import Masks, text_table
+from sapwood.names import Names
 from sapwood.prunable import Pattern
+from sapwood.witness import opened
 
 LIMIT = 0.25
 """Standard deviation of log(closed form / Monte Carlo) between layers up to which the allocation stands."""
@@ -119,12 +121,11 @@ def check_score(  # noqa: PLR0913  # every argument but the model is a keyword
     if draws < 2 or not epsilon > 0:
         raise ConfigError(f"draws is {draws} and epsilon {epsilon}; draws must be 2 or more, epsilon above 0.")
     begin = time.perf_counter()
-    core = unwrapped(model)
-    device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with isolated(seed, device):
         data = Data.collect(None, input_shape, device)
-        net = FunctionalModel.of(core, include=include, exclude=exclude)
-        masks = Masks.dense(net.weights) if masks is None else masks.to(device)
+        net = opened(model, data, include=include, exclude=exclude)
+        masks = Masks.dense(net.weights) if masks is None else Names.of(model).fit(masks.to(device), strict=False)
         masks.check(net.weights, strict=False)
         closed = NtkSapAnalytic(epsilon=epsilon).gradient(net, masks, data)
         generator = torch.Generator(net.device).manual_seed(seed)
@@ -159,9 +160,9 @@ def _compared(factors: dict[str, list[tuple[float, float]]], draws: int, seconds
     for name, values in factors.items():
         sample, sizes = torch.tensor(values, dtype=torch.float64).T
         mean = float(sample.mean())
-        ratios[clean_name(name)] = 1 / mean if mean > 0 else math.nan
-        errors[clean_name(name)] = float(sample.std()) / math.sqrt(draws) / abs(mean) if mean else math.nan
-        scatter[clean_name(name)] = float(sizes.quantile(0.5))
+        ratios[name] = 1 / mean if mean > 0 else math.nan
+        errors[name] = float(sample.std()) / math.sqrt(draws) / abs(mean) if mean else math.nan
+        scatter[name] = float(sizes.quantile(0.5))
     logs = torch.tensor([math.log(ratio) if ratio > 0 else math.nan for ratio in ratios.values()])
     log_sd = float(logs.std(correction=0)) if bool(logs.isfinite().all()) else math.inf
     noise = math.sqrt(sum(error**2 for error in errors.values()) / len(errors))

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sapwood.batches import Batch, Data, size
-from sapwood.criteria.derivatives import twice_differentiable
+from sapwood.batches import Batch, Data
+from sapwood.criteria.derivatives import sample_gradients, twice_differentiable
 from sapwood.errors import ScoreError
-from sapwood.functional import FunctionalModel, Params, differentiate
+from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+from sapwood.rows import single
 
 
 def inverse_fisher(net: FunctionalModel, masks: Masks, data: Data, width: int, damping: float) -> Tensor:
     """Diagonal blocks of ((1/N) sum_n g_n g_n' + damping I)^-1, one rank-one update a sample."""
     batches = data.labelled()
-    count = sum(size(batch) for batch in batches)
+    count = sum(len(list(single(net, batch))) for batch in batches)
     blocks = math.ceil(masks.total / width)
     inverse = torch.eye(width, dtype=torch.float64, device=net.device).div(damping).repeat(blocks, 1, 1)
     for batch in batches:
-        for sample in _samples(batch):
-            gradient = in_blocks(masks.apply(net.gradient(masks, [sample], train=False)), width).unsqueeze(-1)
+        for found in sample_gradients(net, masks, batch, batch_statistics=False):
+            gradient = in_blocks(masks.apply(found), width).unsqueeze(-1)
             along = inverse @ gradient
             scale = count + (gradient * along).sum(1, keepdim=True)
             inverse.baddbmm_(along / scale, along.mT, alpha=-1)
@@ -32,20 +33,22 @@ def inverse_fisher(net: FunctionalModel, masks: Masks, data: Data, width: int, d
 
 def hessian(net: FunctionalModel, masks: Masks, data: Data) -> Tensor:
     """Of the mean loss with respect to the kept weights, float64; pruned weights have the rows and columns of I."""
-    with twice_differentiable(net):
-        return _hessian(net, masks, data.labelled())
+    batches = data.labelled()
+    with twice_differentiable(net, batches[0]):
+        return _hessian(net, masks, batches)
 
 
 def _hessian(net: FunctionalModel, masks: Masks, batches: Sequence[Batch]) -> Tensor:
     leaves = net.leaves(masks)
-    loss = torch.stack([net.loss(leaves, batch, train=False) * size(batch) for batch in batches]).sum()
-    slope = differentiate(loss / sum(size(batch) for batch in batches), leaves, create_graph=True)
+    counted = tuple(net.counted(batches))
+    loss = torch.stack([net.loss(leaves, batch, train=False) * count for batch, count in counted]).sum()
+    slope = net.differentiate(loss / sum(count for _, count in counted), leaves, create_graph=True)
     entries = torch.cat([part.flatten() for part in slope.values()])
     kept = torch.cat([masks[name].flatten() for name in leaves])
     matrix = torch.eye(len(entries), dtype=torch.float64, device=net.device)
     for index in kept.nonzero().flatten().tolist() if entries.requires_grad else ():
-        row = torch.autograd.grad(entries[index], list(leaves.values()), retain_graph=True, materialize_grads=True)
-        matrix[index] = torch.cat([part.flatten() for part in row]).double() * kept
+        row = net.differentiate_again(entries[index], leaves)
+        matrix[index] = torch.cat([part.flatten() for part in row.values()]).double() * kept
     return (matrix + matrix.mT) / 2
 
 
@@ -64,16 +67,6 @@ def inverted(matrix: Tensor, damping: float) -> Tensor:
             f"train it first, set damping above {max(0.0, -least):.3g}, or take curvature='fisher'."
         )
     return torch.cholesky_inverse(factor).unsqueeze(0)
-
-
-def _samples(batch: Batch) -> Iterator[Batch]:
-    """A batch's samples, each as a batch of one."""
-    for index in range(size(batch)):
-        here = slice(index, index + 1)
-        if isinstance(batch, Mapping):
-            yield {key: value[here] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        else:
-            yield tuple(part[here] for part in batch)
 
 
 def in_blocks(tensors: Mapping[str, Tensor], width: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,15 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sapwood.allocation import target_density
+from sapwood.allocation import Layerwise, target_density
 from sapwood.batches import Batch, Data
+from sapwood.coverage import Coverage
 from sapwood.diagnosis import diagnose
+from sapwood.errors import SapwoodWarning
 from sapwood.functional import Forward, FunctionalModel, Loss
-from sapwood.isolation import isolated, unwrapped
-from sapwood.masks import Masks, clean_names, fingerprint
+from sapwood.isolation import device_of, isolated
+from sapwood.masks import Masks, fingerprint
 from sapwood.methods.table import METHOD_FIELDS, configured, find, settings
+from sapwood.names import Names, named_parameters, unwrapped
 from sapwood.prunable import Pattern, select
 from sapwood.pruning import Criterion, OnRound, Procedure, Result
+from sapwood.witness import opened
 
 
 def prune(  # noqa: PLR0913  # the front door: every argument but the model is a keyword
@@ -31,6 +37,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     compression: float | None = None,
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
+    draw: Iterable[str] | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     include: Iterable[Pattern] | Pattern = (),
@@ -57,12 +64,20 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         sparsity: 1 - density, [0, 1).
         compression: 1 / density, 1 or more.
         input_shape: Shape of one sample without the batch, e.g. (3, 32, 32); for NTK-SAP and SynFlow.
-        batches: Any iterable of (input, target) pairs, or of mappings (Hugging Face style); read once and whole.
-        loss: `loss(output, target)`, the mean over the batch; for mappings `loss(output, batch)`. Default: the model's
-            own `.loss` for mappings with labels, else cross-entropy.
-        forward: `forward(model, inputs)`, for models that are not simply called.
+        batches: Any iterable of inputs, of (input, target) pairs, or of mappings of keyword arguments (Hugging Face
+            style), whose targets are the first of "labels", "label", "target", "targets" that they have; read once and
+            whole. Samples are in the first dimension of all inputs, or a batch is taken as one whole.
+        draw: Which entries of a mapping (positions of a tuple) are numbers that methods without data may replace by
+            noise or ones; (): none. Needed only where a floating-point tensor is not the one input: it might be a mask.
+        loss: `loss(output, target)`, a mean or a sum over the batch; for mappings `loss(output, batch)`. Where batches
+            weigh unequally and it cannot be seen what it is a mean over, it returns a pair (mean, number of units that
+            it is over). Default: the model's own loss for mappings with targets, else cross-entropy over all targets
+            but -100.
+        forward: `forward(model, inputs)`, for models that are not simply called; `inputs` is the first of a pair, or a
+            mapping without its targets.
         include: What to prune besides the weights of linear, convolution, attention and recurrent layers: names, globs,
-            module types, modules.
+            module types, modules. NTK-SAP scores what is no layer's weight at its present values: it has no known
+            fan-in for a fresh draw.
         exclude: What to leave dense; it does not count into the density.
         min_per_layer: Weights that every layer keeps at least.
         zero_init: "ones" scores zero-initialised branch scales (zero-gamma BatchNorm, LayerScale) as ones, "keep" as
@@ -104,37 +119,69 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     recipe = configured(name, found, fields)
     density = _density(recipe, density, sparsity, compression)
     core = unwrapped(model)
-    device = next((parameter.device for parameter in core.parameters()), torch.device("cpu"))
+    names, device = Names.of(model), device_of(model)
+    recipe = _in_names_of(names, recipe)
+    within = None if within is None else names.fit(within, strict=False)
     with isolated(seed, device):
-        data = Data.collect(batches, input_shape, device)
-        net = FunctionalModel.of(
-            core, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
+        data = Data.collect(batches, input_shape, device, draw)
+        net = opened(
+            model, data, include=include, exclude=exclude, loss=loss, forward=forward, zero_init=zero_init, group=group
         )
         generator = torch.Generator(net.device).manual_seed(seed)
         options: dict[str, Any] = {"min_per_layer": min_per_layer, "on_round": on_round, "within": within}
         masks, history, params = recipe.run(net, data, density, generator, **options)
-    masks = Masks(clean_names(masks), _provenance(name, recipe, seed, density, core))
+        _warn_of_unseen(net)
+    masks = Masks(masks, _provenance(name, recipe, seed, density, core))
     seconds = time.perf_counter() - begin
     diagnosis = None
     if diagnosed:
         shown = None if data.input_shape else data.batches or None
-        diagnosis = diagnose(core, masks, input_shape=data.input_shape, batches=shown, forward=forward, seed=seed)
-    return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis)
+        diagnosis = diagnose(
+            core, masks, input_shape=data.input_shape, batches=shown, draw=data.draw, forward=forward, seed=seed
+        )
+    coverage = Coverage.of(model, masks, exclude)
+    return Result(masks, history, seconds, seed, name, _as_held(params, core), diagnosis, coverage)
 
 
 def prunable(
     model: nn.Module, include: Iterable[Pattern] | Pattern = (), exclude: Iterable[Pattern] | Pattern = ()
 ) -> dict[str, Tensor]:
     """The weights that `prune` would prune, by name, in order; tied weights once."""
-    return {weight.name: weight.tensor for weight in select(unwrapped(model), include, exclude)}
+    return {weight.name: weight.tensor for weight in select(model, include, exclude)}
+
+
+def _in_names_of(names: Names, recipe: Procedure) -> Procedure:
+    """The recipe with the densities of its allocation, if it gives them by layer, under the model's clean names."""
+    rule = getattr(recipe, "allocation", None)
+    shares = rule.shares if isinstance(rule, Layerwise) else rule
+    if not isinstance(shares, Mapping):
+        return recipe
+    clean = names.translated(shares)
+    renamed: Any = {clean[name]: share for name, share in shares.items()}
+    if isinstance(shares, Masks):
+        renamed = Masks(renamed, shares.provenance)
+    if isinstance(rule, Layerwise):
+        renamed = dataclasses.replace(rule, shares=renamed)
+    return dataclasses.replace(recipe, allocation=renamed)  # type: ignore[type-var]  # methods are dataclasses
+
+
+def _warn_of_unseen(net: FunctionalModel) -> None:
+    """Says which layers the method cannot have known to be idle; whatever differentiates finds that out itself."""
+    if net.unseen and not net.derivatives.asked:
+        warnings.warn(
+            f"{len(net.unseen)} of {len(net.prunable)} prunable weights are not run by the forward on this input, "
+            f"{net.unseen[0]!r} first, and yet count into the budget: exclude={net.unseen!r} leaves them out.",
+            SapwoodWarning,
+            stacklevel=3,
+        )
 
 
 def _as_held(params: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:
-    """New weights under clean names, in the precision in which the model holds them."""
+    """New weights in the precision in which the model holds them."""
     if params is None:
         return None
-    held = dict(model.named_parameters())
-    return clean_names({name: value.detach().to(held[name].dtype) for name, value in params.items()})
+    held = named_parameters(model)
+    return {name: value.detach().to(held[name].dtype) for name, value in params.items()}
 
 
 def _density(recipe: Procedure, density: float | None, sparsity: float | None, compression: float | None) -> float:
@@ -158,7 +205,7 @@ def _provenance(name: str, recipe: Procedure, seed: int, density: float, model: 
         "density": density,
         "torch": torch.__version__,
         "sapwood": importlib.metadata.version("sapwood"),
-        "fingerprint": fingerprint(dict(model.named_parameters())),
+        "fingerprint": fingerprint(named_parameters(model)),
     }
 
 

@@ -11,22 +11,22 @@ Defaults: 20 % of the weights a level and the magnitude as score, as in these pa
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sapwood.allocation import target_density
 from sapwood.attach import assert_masked
+from sapwood.coverage import Coverage
 from sapwood.errors import ConfigError
-from sapwood.isolation import unwrapped
+from sapwood.isolation import copied
 from sapwood.masks import Masks
 from sapwood.methods.front import prunable, prune
+from sapwood.names import Names, unwrapped
 from sapwood.pruning import Criterion, OnRound, Procedure, Result, Round
 from sapwood.schedules import exponential
 
@@ -112,8 +112,8 @@ def imp(  # noqa: PLR0913  # a front door: every argument but the model is a key
     begin = time.perf_counter()
     target = target_density(density, sparsity, compression)
     core = unwrapped(model)
-    options |= (patterns := _by_name(core, options))
-    trained = copy.deepcopy(core)
+    options |= (patterns := _by_name(model, options))
+    trained = copied(core)
     result = Result(Masks.dense(prunable(trained, **patterns)), (), 0.0, seed)
     if until_rewind is not None:
         until_rewind(trained)
@@ -131,7 +131,9 @@ def imp(  # noqa: PLR0913  # a front door: every argument but the model is a key
         if on_level is not None:
             on_level(history[-1], result.masks)
     seconds = time.perf_counter() - begin
-    return Result(result.masks, tuple(history), seconds, seed, f"imp ({result.method})", _state(trained))
+    name = f"imp ({result.method})"
+    coverage = Coverage.of(core, result.masks, patterns["exclude"])
+    return Result(result.masks, tuple(history), seconds, seed, name, _state(trained), coverage=coverage)
 
 
 def _by_name(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
@@ -150,5 +152,5 @@ def _goals(density: float, levels: int | None) -> list[float]:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers, tied ones once."""
-    with torch.no_grad():
-        return {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    names = Names.of(model)
+    return {name: tensor.detach().clone() for name, tensor in (names.parameters | names.buffers).items()}

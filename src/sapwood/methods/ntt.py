@@ -44,13 +44,14 @@ import torch
 from torch import Tensor
 
 from sapwood.allocation import Allocation, allocation, budget
-from sapwood.batches import Batch, Data, filled, resized, size, taken
+from sapwood.batches import Batch, Data, filled, resized, size, size_or_one, taken
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ConfigError, DataError, ScoreError
 from sapwood.fresh import normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 from sapwood.pruning import Found, OnRound, Round, starting_masks, warn_of_collapse
+from sapwood.rows import shortened, takes_rows
 
 SCALE_PROBES = 16  # for the teacher's norm, which is measured once
 
@@ -68,7 +69,8 @@ class Ntt:
         as_released: The objective of the authors' code: absolute terms, the kernel between halves of a mini-batch, over
             all weights.
         probes: Random vectors a step, 2 or more.
-        batch_size: Inputs a step, at most (a batch given may have fewer).
+        batch_size: Inputs a step, at most (a batch given may have fewer; one that cannot be cut into samples is taken
+            whole).
         random_inputs: Gaussian inputs; False takes the inputs of `batches`.
         batch_statistics: BatchNorm normalises with each mini-batch's statistics (else with the running ones).
         straight_through: Pruned weights move by the gradient with respect to w*m; False: they have no gradient.
@@ -125,8 +127,8 @@ class Ntt:
         if keep == first.kept:
             return Found(first, ())
         masks, history = first, list[Round]()
-        with twice_differentiable(net):
-            student = Student(self, net, data, density, generator)
+        student = Student(self, net.held(), data, density, generator)
+        with twice_differentiable(net, student.draw()):
             for index in range(1, self.rounds + 1):
                 begin = time.perf_counter()
                 masks = allocate({name: student.params[name].abs() for name in net.prunable}, first, keep)
@@ -147,13 +149,9 @@ class Student:
     def __init__(self, ntt: Ntt, net: FunctionalModel, data: Data, density: float, generator: torch.Generator) -> None:
         self.ntt, self.net, self.density, self.generator = ntt, net, density, generator
         self.params = {name: p.clone() for name, p in net.params.items() if p.is_floating_point()}
-        self.inputs = data.templates() if ntt.random_inputs else data.inputs()
-        smallest = ntt.batch_size if ntt.random_inputs else min(ntt.batch_size, *map(size, self.inputs))
-        if ntt.as_released and smallest < 2:
-            raise DataError(
-                "A mini-batch of one input has no two halves, whose kernel as_released=True takes: give batches of two "
-                "or more inputs, and a batch_size to match."
-            )
+        self.inputs, self.data = data.templates() if ntt.random_inputs else data.inputs(), data
+        if ntt.as_released:
+            self._refuse_without_halves()
         self.teacher = {name: net.params[name] for name in self.params}
         self.optimizer = torch.optim.Adam(list(self.params.values()), lr=ntt.lr)
         self.scales = self._scales()
@@ -167,9 +165,14 @@ class Student:
         """A mini-batch of inputs."""
         count, device = self.ntt.batch_size, self.generator.device
         if self.ntt.random_inputs:
-            template = resized(self.inputs[0], count)
-            return filled(template, lambda t: normal(t.to(self.net.device, self.net.dtype), self.generator))
+            known = self.data.input_shape is not None
+            template = resized(self.inputs[0], count) if known else shortened(self.net, self.inputs[0], count)
+            return filled(
+                template, lambda t: normal(t.to(self.net.device, self.net.dtype), self.generator), self.data.draw
+            )
         which = int(torch.randint(len(self.inputs), (1,), generator=self.generator, device=device))
+        if not takes_rows(self.net, self.inputs[which]):
+            return self.inputs[which]
         order = torch.randperm(size(self.inputs[which]), generator=self.generator, device=device)
         return taken(self.inputs[which], order[:count])
 
@@ -210,7 +213,7 @@ class Student:
             terms = distance.mean() + self.ntt.gamma**2 * squares.mean() / entries
         else:
             mismatch = mean_square_between(difference) / self.scales[1]
-            terms = distance.sum() / size(batch) / self.scales[0] + self.ntt.gamma**2 * mismatch
+            terms = distance.sum() / size_or_one(batch) / self.scales[0] + self.ntt.gamma**2 * mismatch
         penalty = torch.stack([leaves[name].square().sum() for name in masks]).sum()
         return terms + self.ntt.l2 / self.density * penalty
 
@@ -219,12 +222,20 @@ class Student:
         batch = self.draw()
         probes = self.signs(batch, self.ntt.probes)
         leaves = {name: weight.requires_grad_() for name, weight in _detached(masks.apply(self.params)).items()}
-        loss = self.loss(leaves, masks, batch, probes)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        named = dict(zip(leaves, gradients, strict=True))
+        named = self.net.differentiate_again(self.loss(leaves, masks, batch, probes), leaves)
         for name, gradient in named.items() if self.ntt.straight_through else masks.apply(named).items():
             self.params[name].grad = gradient
         self.optimizer.step()
+
+    def _refuse_without_halves(self) -> None:
+        smallest = self.ntt.batch_size
+        if not self.ntt.random_inputs:
+            smallest = min(smallest, *map(size_or_one, self.inputs))
+        if smallest < 2 or not all(takes_rows(self.net, batch) for batch in self.inputs):
+            raise DataError(
+                "A mini-batch of one input has no two halves, whose kernel as_released=True takes: give batches of two "
+                "or more samples, and a batch_size to match."
+            )
 
     def _scales(self) -> tuple[float, float]:
         """The teacher's terms on a first mini-batch, by which the student's are divided."""
@@ -232,7 +243,7 @@ class Student:
             return 1.0, 1.0
         batch = self.draw()
         outputs, kernel = self.look(self.teacher, None, batch, self.signs(batch, SCALE_PROBES))
-        return _or_one(outputs.square().sum() / size(batch)), _or_one(mean_square_between(kernel))
+        return _or_one(outputs.square().sum() / size_or_one(batch)), _or_one(mean_square_between(kernel))
 
 
 def sketch(

@@ -58,7 +58,7 @@ def _together(contract: Contraction, moments: list[Tensor | None]) -> list[Tenso
     present = [moment for moment in moments if moment is not None]
     if not present:
         return list(moments)
-    stacked = contract(torch.cat(torch.broadcast_tensors(*present)))  # type: ignore[no-untyped-call]
+    stacked = contract(torch.cat(torch.broadcast_tensors(*present)))
     parts = iter(stacked.chunk(len(present)))
     return [None if moment is None else next(parts) for moment in moments]
 

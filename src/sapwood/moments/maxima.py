@@ -136,7 +136,7 @@ class Maximum:
 
     def _spread(self, of: Callable[[int], list[float]]) -> Tensor:
         """Numbers that depend on the count, laid out over the positions: (numbers, *counts)."""
-        distinct, where = self.counts.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        distinct, where = self.counts.unique(return_inverse=True)
         table = torch.tensor([of(int(n)) for n in distinct], dtype=torch.float64, device=self.counts.device)
         return table.mT[:, where]
 

@@ -142,8 +142,8 @@ def _centred(call: Call, x: Moments, activation: Leaky) -> Moments:
         return x.replace(clean=clean, noisy=clean, td=td, to=times(x.to, both), law=law)
     td, cross, noisy = x.td, x.cross, side(x.noisy)
     if td is not None:
-        one, other, change = torch.broadcast_tensors(x.clean.raw, x.noisy.raw, call.epsilon * td)  # type: ignore[no-untyped-call]
-        td = mixed(td, Changed.apply(one, other, change) / call.epsilon)  # type: ignore[no-untyped-call]
+        one, other, change = torch.broadcast_tensors(x.clean.raw, x.noisy.raw, call.epsilon * td)
+        td = mixed(td, Changed.apply(one, other, change) / call.epsilon)
     if cross is not None:
         cross = mixed(cross, _kernel(x, x.noisy.raw, x.clean.raw, cross))
     to = drifted(call, x, both, clean, noisy)
@@ -152,8 +152,8 @@ def _centred(call: Call, x: Moments, activation: Leaky) -> Moments:
 
 def _kernel(x: Moments, raw: Tensor, other: Tensor, pair: Tensor) -> Tensor:
     """E[relu(u) relu(u')] for zero-mean Gaussians with covariance `pair`."""
-    one, two, covariance = torch.broadcast_tensors(raw, x.average(other), pair)  # type: ignore[no-untyped-call]
-    kernel: Tensor = Rectified.apply(one, two, covariance)  # type: ignore[no-untyped-call]
+    one, two, covariance = torch.broadcast_tensors(raw, x.average(other), pair)
+    kernel: Tensor = Rectified.apply(one, two, covariance)
     return kernel
 
 

@@ -19,7 +19,7 @@ The module is traced by `torch.fx`; there is one small rule for each operation, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from torch import Tensor, fx, nn
 
 from sapwood.batches import inputs_of
 from sapwood.errors import UnsupportedModelError, unknown_name
-from sapwood.isolation import isolated, unwrapped
+from sapwood.isolation import device_of, isolated, skeleton
 from sapwood.masks import Masks
-from sapwood.ntk.gram import device_of
+from sapwood.names import Names, unwrapped
 from sapwood.ntk.options import MEMORY, PARAMETRIZATIONS
 from sapwood.ntk.outputs import Parameters
 from sapwood.ntk.recursions import FUNCTIONS, MODULES, SUMS, Limit, Unit, added, no_rule
@@ -76,16 +76,16 @@ def analytic_kernel(
     if parametrization not in PARAMETRIZATIONS:
         raise unknown_name("parametrization", parametrization, PARAMETRIZATIONS)
     core = unwrapped(model)
+    names = Names.of(core)
+    masks = None if masks is None else Names.of(model).fit(masks, strict=False)
     with isolated(0, device_of(core)):
         limit = Limit(
-            frozenset(_trained(core, parameters)),
+            frozenset(_trained(model, parameters)),
             {} if masks is None else {name: count.density for name, count in masks.per_layer().items()},
             parametrization == "standard",
             memory,
         )
-        if masks is not None:
-            masks.check(dict(core.named_parameters()), strict=False)
-        return _walk(core, _input(inputs_of(x), device_of(core)), limit)
+        return _walk(core, names.modules, _input(inputs_of(x), device_of(core)), limit)
 
 
 def _trained(model: nn.Module, parameters: Parameters) -> Iterable[str]:
@@ -107,17 +107,23 @@ def _input(x: Tensor, device: torch.device) -> Unit:
     return Unit(covariance, torch.zeros_like(covariance))
 
 
-def _walk(model: nn.Module, unit: Unit, limit: Limit) -> Tensor:
-    """Applies the rules along the traced graph."""
+class _Tracer(fx.Tracer):
+    """Calls modules by their clean names, and looks into wrappers."""
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return next(name for name, module in Names.of(self.root).modules.items() if module is mod)
+
+
+def _walk(model: nn.Module, modules: Mapping[str, nn.Module], unit: Unit, limit: Limit) -> Tensor:
+    """Applies the rules along the graph, which is traced on a copy; the modules are the model's own, by clean name."""
     known: dict[fx.Node, Unit] = {}
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(skeleton(model))
     except Exception as error:
         raise UnsupportedModelError(
             f"torch.fx cannot trace {type(model).__name__} ({error}), so there is no analytic kernel: expected_kernel "
             "averages over draws of any model."
         ) from error
-    modules = dict(model.named_modules())
     last: nn.Module | None = None
     for node in graph.nodes:
         if node.op == "placeholder":

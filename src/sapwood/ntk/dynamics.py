@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from sapwood.batches import Batch
 from sapwood.errors import ConfigError, DataError
-from sapwood.functional import Params
-from sapwood.isolation import isolated
+from sapwood.functional import Params, differentiating
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks
 from sapwood.ntk.compare import alignment, distance
-from sapwood.ntk.gram import device_of, gram
+from sapwood.ntk.gram import gram
 from sapwood.ntk.options import Keywords
 from sapwood.ntk.outputs import Outputs, Parameters
 from sapwood.ntk.spectra import spectrum
@@ -178,9 +178,9 @@ def _step(outputs: Outputs, goal: Tensor, rate: float) -> tuple[float, Outputs]:
         values = outputs.forward(leaves, piece)
         part = 0.5 * (values - goal[piece.start : piece.start + len(values)]).square().sum()
         loss += float(part.detach())
-        for name, gradient in zip(
-            leaves, torch.autograd.grad(part, list(leaves.values()), materialize_grads=True), strict=True
-        ):
+        with differentiating():
+            gradients = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
             total[name] += gradient
     return loss, outputs.at({**outputs.params, **_moved(outputs, total, rate)})
 

@@ -16,9 +16,9 @@ from sapwood.batches import Batch
 from sapwood.errors import ConfigError
 from sapwood.fresh import fresh_parameters
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import isolated
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks
-from sapwood.ntk.gram import device_of, gram
+from sapwood.ntk.gram import gram
 from sapwood.ntk.options import Keywords
 from sapwood.ntk.outputs import Outputs, Parameters
 

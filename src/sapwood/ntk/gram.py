@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sapwood.batches import Batch
 from sapwood.errors import ConfigError
-from sapwood.isolation import isolated, unwrapped
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks
 from sapwood.ntk.jacobian import gib, row_bytes, rows
 from sapwood.ntk.options import Keywords
@@ -59,11 +59,6 @@ def kernel(
     """
     with isolated(0, device_of(model)):
         return gram(Outputs.of(model, x, masks, parameters, **options), on_rows)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is."""
-    return next((p.device for p in unwrapped(model).parameters()), torch.device("cpu"))
 
 
 def gram(outputs: Outputs, on_rows: Progress = lambda done, total: None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sapwood.batches import size
 from sapwood.errors import ConfigError, UnsupportedModelError
-from sapwood.functional import Params
+from sapwood.functional import Params, differentiating
 from sapwood.ntk.outputs import Column, Outputs
 
 AT_ONCE = (
@@ -92,7 +92,11 @@ def _backward(columns: tuple[Column, ...], values: Tensor, leaves: Params, low: 
     if high - low > 1:
         gradients = _batched(values, wanted, cotangents)
     if gradients is None:
-        single = [torch.autograd.grad(values, wanted, c, retain_graph=True, materialize_grads=True) for c in cotangents]
+        with differentiating():
+            single = [
+                torch.autograd.grad(values, wanted, cotangent, retain_graph=True, materialize_grads=True)
+                for cotangent in cotangents
+            ]
         gradients = [torch.stack(parts) for parts in zip(*single, strict=True)]
     return [_kept(column, gradient.flatten(1)) for column, gradient in zip(columns, gradients, strict=True)]
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sapwood.batches import Batch, inputs_of, size, sliced
+from sapwood.batches import Batch, Data, as_batch, inputs_of, moved, size, sliced, tensors
 from sapwood.errors import ConfigError, DataError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
-from sapwood.isolation import unwrapped
-from sapwood.masks import Masks, clean_name
+from sapwood.isolation import device_of
+from sapwood.masks import Masks
+from sapwood.names import Names, unwrapped
 from sapwood.ntk.options import Keywords, Options
 from sapwood.prunable import Pattern, all_weights
+from sapwood.witness import opened
 
 Parameters = Iterable[Pattern] | Pattern | None
 
@@ -109,9 +111,13 @@ class Outputs:
         """
         chosen, core = Options(**options), unwrapped(model)
         _refuse_random_layers(core, chosen)
-        net = FunctionalModel.of(core, include=parameters or (), forward=chosen.forward, zero_init="keep")
+        masks = None if masks is None else Names.of(model).fit(masks, strict=False)
+        batch = _checked(inputs_of(as_batch(x)), device_of(core))
+        whole = [weight.name for weight in all_weights(model) if not weight.tensor.is_floating_point()]
+        named = {"include": parameters or (), "exclude": whole}
+        net = opened(model, Data((batch,)), masked=masks or (), forward=chosen.forward, zero_init="keep", **named)
         if parameters is not None:
-            net = replace(net, prunable=_named(core, net, parameters))
+            net = replace(net, prunable=_named(model, net, parameters))
         if net.norms and chosen.batchnorm is None:
             raise ConfigError(
                 f"{type(core).__name__} has {len(net.norms)} BatchNorm layers: say batchnorm='train' (statistics of "
@@ -120,10 +126,7 @@ class Outputs:
             )
         if chosen.dtype is not None:
             net = replace(net, params=_in(net.params, chosen.dtype), buffers=_in(net.buffers, chosen.dtype))
-        if masks is not None:
-            masks.check(net.params, strict=False)
         params = net.params if masks is None else _masked(net.params, masks)
-        batch = _checked(inputs_of(x), net.device)
         groups = tuple(Piece(part, start, None) for start, part in _parts(batch, chosen, net))
         draft = cls(net, params, _columns(net, masks, chosen), groups, size(batch), 0, False, chosen)
         return draft._measured()
@@ -237,7 +240,7 @@ class Outputs:
 def _refuse_random_layers(model: nn.Module, options: Options) -> None:
     if options.dropout == "off":
         return
-    for name, module in model.named_modules():
+    for name, module in Names.of(model).modules.items():
         rates = [getattr(module, word, 0) for word in ("p", "dropout", "drop_prob")]
         if module.training and any(isinstance(rate, float) and rate > 0 for rate in rates):
             raise UnsupportedModelError(
@@ -258,13 +261,13 @@ def _in(tensors: Params, dtype: torch.dtype) -> Params:
 
 
 def _masked(params: Params, masks: Masks) -> Params:
-    return {name: p * masks[clean_name(name)].to(p) if clean_name(name) in masks else p for name, p in params.items()}
+    return {name: p * masks[name].to(p) if name in masks else p for name, p in params.items()}
 
 
 def _columns(net: FunctionalModel, masks: Masks | None, options: Options) -> tuple[Column, ...]:
     columns = []
     for name in net.prunable:
-        mask = None if masks is None else masks.get(clean_name(name))
+        mask = None if masks is None else masks.get(name)
         kept = None if mask is None else mask.flatten().nonzero()[:, 0].to(net.device)
         width = net.params[name].numel() if kept is None else len(kept)
         by_ntk = options.parametrization == "ntk" and name in net.fan_in
@@ -273,17 +276,11 @@ def _columns(net: FunctionalModel, masks: Masks | None, options: Options) -> tup
 
 
 def _checked(batch: Batch, device: torch.device) -> Batch:
-    parts = batch.values() if isinstance(batch, dict) else [batch]
-    for part in parts:
-        if isinstance(part, Tensor) and part.is_complex():
-            raise DataError(
-                "The inputs are complex; only real inputs have a kernel here: pass real and imaginary parts."
-            )
+    if any(tensor.is_complex() for tensor in tensors(batch)):
+        raise DataError("The inputs are complex; only real inputs have a kernel here: pass real and imaginary parts.")
     if not size(batch):
         raise DataError("There are no inputs: a kernel needs at least one sample.")
-    if isinstance(batch, dict):
-        return {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
-    return batch.to(device)
+    return moved(batch, device)
 
 
 def _parts(batch: Batch, options: Options, net: FunctionalModel) -> Iterator[tuple[int, Batch]]:

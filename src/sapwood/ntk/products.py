@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from sapwood.batches import Batch
 from sapwood.errors import DataError, UnsupportedModelError
-from sapwood.functional import Params
-from sapwood.isolation import isolated
+from sapwood.functional import Params, differentiating
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks
-from sapwood.ntk.gram import device_of
 from sapwood.ntk.options import Keywords
 from sapwood.ntk.outputs import Column, Outputs, Parameters, Piece
 
@@ -66,7 +65,8 @@ class Products:
             leaves = outputs.leaves()
             values = outputs.forward(leaves, piece)
             part = vector[piece.start : piece.start + len(values)]
-            gradients = torch.autograd.grad(values, list(leaves.values()), part, materialize_grads=True)
+            with differentiating():
+                gradients = torch.autograd.grad(values, list(leaves.values()), part, materialize_grads=True)
             for into, column, gradient in zip(total, outputs.columns, gradients, strict=True):
                 into += _gathered(column, gradient)
         return total
@@ -163,6 +163,8 @@ def _by_double_backward(at: Callable[[Params], Tensor], leaves: Params, tangents
     """J w as the derivative of <J^T u, w> with respect to u, which reverse mode can do alone."""
     values = at(leaves)
     probe = torch.zeros_like(values, requires_grad=True)
-    gradients = torch.autograd.grad(values, list(leaves.values()), probe, create_graph=True, materialize_grads=True)
-    inner = torch.stack([(g * tangents[name]).sum() for name, g in zip(leaves, gradients, strict=True)]).sum()
-    return torch.autograd.grad(inner, probe)[0]
+    wanted = list(leaves.values())
+    with differentiating():
+        gradients = torch.autograd.grad(values, wanted, probe, create_graph=True, materialize_grads=True)
+        inner = torch.stack([(g * tangents[name]).sum() for name, g in zip(leaves, gradients, strict=True)]).sum()
+        return torch.autograd.grad(inner, probe)[0]

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from sapwood.batches import Batch
 from sapwood.errors import ConfigError, unknown_name
-from sapwood.isolation import isolated
+from sapwood.isolation import device_of, isolated
 from sapwood.masks import Masks
-from sapwood.ntk.gram import device_of
 from sapwood.ntk.jacobian import rows
 from sapwood.ntk.options import Keywords
 from sapwood.ntk.outputs import Outputs, Parameters

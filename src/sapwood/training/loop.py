@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -140,7 +140,8 @@ def _begin(model: nn.Module, data: TrainingData, config: TrainConfig, fabric: Fa
     if config.channels_last:
         if is_sharded(fabric):
             raise ConfigError("channels_last must be False with FSDP, which shards contiguous weights only; got True.")
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out: Any = model.to  # of which some releases of torch know no overload with a memory format alone
+        lay_out(memory_format=torch.channels_last)
     forward = fabric.setup_module(model)
     # After the set-up: FSDP replaces the parameters.
     optimizer = build_optimizer(model, config)
