@@ -59,6 +59,22 @@ def _with_looks(row: Row) -> float:
     return float(row["cpu_s"]) if whole else _full(row, "cpu_s") + row["look_cpu_s"]
 
 
+def steps(rows: list[Row], machine: dict[str, str]) -> str:
+    """One line a network, optimizer and batch size: what masks add to a training step."""
+    head = ["network and optimizer", "batch", "CPU-ms a step", "with masks", "added, ms", "added, %", "pairs"]
+    return "\n".join([_heading(rows, machine), _table(head, [_step_line(row) for row in rows])])
+
+
+def _step_line(row: Row) -> list[str]:
+    plain, masked = ([1000 * seconds for seconds in row[key]] for key in ("plain_s", "masked_s"))
+    middle = statistics.median(plain)
+    added = [after - before for before, after in zip(plain, masked, strict=True)]
+    quarters = statistics.quantiles([100 * each / middle for each in added], n=4)
+    share = f"{quarters[1]:.2f} (quartiles {quarters[0]:.2f} to {quarters[2]:.2f})"
+    cells = [_spread(plain), _spread(masked), f"{statistics.median(added):.2f}", share]
+    return [row["step"], str(row["batch_size"]), *cells, str(len(plain))]
+
+
 def _search_head(threads: Iterable[int]) -> list[str]:
     timed = [f"{kind}, {n} thread{'s' * (n > 1)}" for n in threads for kind in ("CPU-s", "wall s")]
     return [
@@ -175,4 +191,6 @@ def _distinct(rows: list[Row], key: str) -> list[Any]:
 
 if __name__ == "__main__":
     read = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print((growth if "axis" in read["rows"][0] else searches)(read["rows"], read["machine"]))
+    kinds = {"axis": growth, "step": steps}
+    show = next((kinds[key] for key in kinds if key in read["rows"][0]), searches)
+    print(show(read["rows"], read["machine"]))

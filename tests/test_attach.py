@@ -141,18 +141,26 @@ def test_a_broken_gradient_of_a_pruned_weight_touches_nothing(value: float) -> N
     assert optimizer.state[model.weight]["momentum_buffer"].isfinite().all()
 
 
-def test_mask_gradients_before_clipping() -> None:
+def test_clipping_sees_masked_gradients() -> None:
     model = net()
     masks = random_masks(model, 0.1)
     attachment = attach(masks, model, SGD(model.parameters(), lr=0.1))
+    plain = net()
+    plain.load_state_dict(model.state_dict())
     inputs, labels = batch()
-    F.cross_entropy(model(inputs), labels).backward()
-    squares = [(p.grad * masks.get(n, 1)).square().sum() for n, p in model.named_parameters()]
-    dense = [p.grad.square().sum() for p in model.parameters()]
-    attachment.mask_gradients()
+    for each in (plain, model):
+        F.cross_entropy(each(inputs), labels).backward()
+    squares = [(p.grad * masks.get(n, 1)).square().sum() for n, p in plain.named_parameters()]
+    dense = [p.grad.square().sum() for p in plain.parameters()]
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     torch.testing.assert_close(norm, torch.stack(squares).sum().sqrt())
     assert norm < torch.stack(dense).sum().sqrt()
+    for parameter in model.parameters():  # as differential privacy does it: written by hand, then clipped
+        parameter.grad = torch.ones_like(parameter)
+    attachment.mask_gradients()
+    ones = sum(int(m.sum()) for m in masks.values())
+    ones += sum(p.numel() for n, p in model.named_parameters() if n not in masks)
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1e9) == pytest.approx(ones**0.5)
 
 
 @pytest.mark.trap(26)

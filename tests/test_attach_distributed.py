@@ -9,13 +9,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from sapwood.attach import assert_masked, attach
 from sapwood.errors import MaskError
 from sapwood.masks import Masks
+from sapwood.pruning import Result
 
 WORLD = 2
 STEPS = 6
@@ -117,12 +120,70 @@ def stale(_: int) -> None:
         assert_masked(dense, masks)
 
 
+def sharded_later(rank: int) -> None:
+    """Sharded after attach, with an optimizer that was built after that: the same zeros, the same weights."""
+    model, masks = net(), masks_of(net())
+    attachment = attach(masks, model, optimizer_of(model))
+    shard(model)
+    train(model, optimizer_of(model), rank, WORLD)
+    attachment.finalize()
+    compare(model, masks)
+
+
+def read(_: int) -> None:
+    """Forward passes, clipping and state dicts of shards that were written to see zeros."""
+    for is_first in (True, False):
+        model, masks = net(), masks_of(net())
+        if is_first:
+            attach(masks, model, None)
+        shard(model)
+        if not is_first:
+            attach(masks, model, None)
+        for _ in range(2):  # a sharding that came after attach gathers weights first, once
+            for parameter in model.parameters():
+                parameter.data.to_local().add_(1.0)
+            model(torch.randn(4, 6)).square().sum().backward()
+        assert_masked(model, masks)
+        gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        assert all((gradients[name][~mask] == 0).all() for name, mask in masks.items())
+        for parameter in model.parameters():
+            parameter.data.to_local().add_(1.0)
+        state = model.state_dict()
+        assert all((whole(state[name])[~mask] == 0).all() for name, mask in masks.items())
+
+
+def tensor_parallel(_: int) -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    masks = masks_of(model)
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    attach(masks, model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 6)).square().sum().backward()
+        gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        optimizer.step()
+        for name, mask in masks.items():
+            assert (gradients[name][~mask] == 0).all()
+            assert (whole(model.get_parameter(name))[~mask] == 0).all()
+
+
+def a_result_with_weights(_: int) -> None:
+    model = net()
+    result = Result(masks_of(model), (), 0.0, 0, params={n: p.detach() for n, p in net().named_parameters()})
+    shard(model)
+    with pytest.raises(MaskError, match=r"new weights, and '0\.weight' is sharded: call result\.load_into"):
+        attach(result, model, optimizer_of(model))
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=limit)
     try:
-        for check in (ddp, fsdp2, stale):
+        for check in (ddp, fsdp2, stale, sharded_later, read, tensor_parallel, a_result_with_weights):
             check(rank)
         Path(folder, f"done-{rank}").touch()
     finally:

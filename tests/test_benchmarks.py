@@ -130,6 +130,19 @@ def test_scaling_fits_exponents(tmp_path):
     assert "classes 10: CPU-s (MB)" in lines[-3] and math.isfinite(exponents[0])
 
 
+def test_training_steps_are_timed_turn_by_turn(tmp_path, capsys):
+    import training_step
+
+    out = tmp_path / "steps.json"
+    options = ["--models", "resnet8", "--optimizers", "sgd", "--batch-sizes", "2", "--repeats", "2", "--out", str(out)]
+    training_step.main(options)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert len(row["plain_s"]) == len(row["masked_s"]) == 2 and min(row["plain_s"] + row["masked_s"]) > 0
+    line = out.with_suffix(".md").read_text().splitlines()[-1]
+    assert line.startswith("| resnet8, sgd | 2 |") and line.endswith("| 2 |")
+    assert training_step.added({"plain_s": [1.0, 2.0, 1.0], "masked_s": [1.1, 2.5, 1.2]}) == pytest.approx(0.2)
+
+
 def test_a_measurement_has_a_process_of_its_own(monkeypatch):
     import drive
 

@@ -247,7 +247,6 @@ def test_tied_weights_may_be_named_by_any_owner():
         names.fit(Masks({"0.weight": mask, "2.weight": ~mask}))
 
 
-@pytest.mark.xfail(strict=True, reason="attach reads names word by word until it goes through Names.fit")
 @pytest.mark.trap(81)
 def test_attach_and_imp_take_the_masks_of_modules_with_names_of_wrappers():
     model = OwnNames(AveragedModel)

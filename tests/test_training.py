@@ -168,6 +168,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, epoch: int, cha
     path = tmp_path / "new folder" / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         train(killed, Blobs(), config, masks=half(), checkpoint=path, on_epoch=stop_after(epoch))
+    assert not any(m._forward_pre_hooks or m._state_dict_pre_hooks for m in killed.modules())  # no mask stays on it
     nn.init.zeros_(resumed[0].weight)  # whatever the model holds, the checkpoint decides
     resumed(torch.randn(4, 8)).sum().backward()
     result = train(resumed, Blobs(), config, masks=half(), checkpoint=path)

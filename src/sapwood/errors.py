@@ -17,6 +17,10 @@ class UnsupportedModelError(SapwoodError):
     """The model (or one of its layers) cannot be pruned by this method."""
 
 
+class ForwardError(UnsupportedModelError):
+    """The model's forward failed on an input."""
+
+
 class BudgetError(SapwoodError, ValueError):
     """A density, sparsity, compression or per-layer floor that cannot be met."""
 

@@ -40,7 +40,7 @@ from sapwood.batches import (
     size_or_one,
     target_of,
 )
-from sapwood.errors import DataError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
+from sapwood.errors import DataError, ForwardError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
 from sapwood.isolation import RandomState, skeleton
 from sapwood.masks import Masks
 from sapwood.names import Names, unwrapped
@@ -209,7 +209,7 @@ class FunctionalModel:
         except (SapwoodError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise UnsupportedModelError(
+            raise ForwardError(
                 f"The model failed on an input of {described(inputs_of(batch))}: {error}. (input_shape is one sample's "
                 "shape without the batch, of numbers; batches are (input, target) or a mapping of keyword arguments. "
                 "Token ids come in batches; a model that takes something else needs forward=lambda model, inputs: ...)"

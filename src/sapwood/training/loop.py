@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,16 +118,16 @@ def train(
         state = _begin(model, data, config, fabric)
         if checkpoint is not None and checkpoint.exists():
             checkpoints.restore(checkpoint, state, config, masks)
-        attachment = None if masks is None else attach(masks, model, state.optimizer)
-        while _last_epoch(state, config) < config.epochs and not (state.history and _diverged(state)):
-            row = _epoch(state, data, config)
-            state.history.append(row)
-            if checkpoint is not None and (row["epoch"] % checkpoint_every == 0 or row["epoch"] == config.epochs):
-                checkpoints.save(checkpoint, state, config, masks)
-            if on_epoch is not None and fabric.is_global_zero:
-                on_epoch(row)
-        if attachment is not None:
-            attachment.finalize()
+        with nullcontext() if masks is None else attach(masks, model, state.optimizer) as attachment:
+            while _last_epoch(state, config) < config.epochs and not (state.history and _diverged(state)):
+                row = _epoch(state, data, config)
+                state.history.append(row)
+                if checkpoint is not None and (row["epoch"] % checkpoint_every == 0 or row["epoch"] == config.epochs):
+                    checkpoints.save(checkpoint, state, config, masks)
+                if on_epoch is not None and fabric.is_global_zero:
+                    on_epoch(row)
+            if attachment is not None:
+                attachment.apply()
         return _result(state)
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sapwood.batches import Batch, Data, cast, small
-from sapwood.errors import UnsupportedModelError
+from sapwood.batches import Batch, Data, cast, first, inputs_of, small, tensors
+from sapwood.errors import ForwardError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Noise
 from sapwood.isolation import RandomState
 from sapwood.names import Names
@@ -54,7 +54,11 @@ def opened(model: nn.Module, data: Data, *, masked: Iterable[str] | None = None,
         look_at_layers(model, names)
         return net
 
-    return _looked_at(net, model, _samples(data, net), names)
+    few, enough = _samples(data, net)
+    try:
+        return _looked_at(net, model, few, names)
+    except ForwardError:  # a model that wants its batch whole, or one sample at a time
+        return _looked_at(net, model, enough, names)
 
 
 def _looked_at(net: FunctionalModel, model: nn.Module, batch: Batch, names: tuple[str, ...]) -> FunctionalModel:
@@ -63,7 +67,7 @@ def _looked_at(net: FunctionalModel, model: nn.Module, batch: Batch, names: tupl
     weights = {name: masked_like(net.params[name], pruned[name]) for name in names}
     given = {name: tensor.clone() for name, tensor in {**net.params, **weights}.items()}
     leaves = {name: given[name].requires_grad_() for name in names}
-    watch = Applied(leaves, pruned, _tensors(batch), _users(model))
+    watch = Applied(leaves, pruned, tensors(batch), _users(model))
 
     start = RandomState.now(net.device)
     with watch:
@@ -88,10 +92,15 @@ def _looked_at(net: FunctionalModel, model: nn.Module, batch: Batch, names: tupl
     return replace(net, noise=noise if _alike(first, second) else Noise.FREE)
 
 
-def _samples(data: Data, net: FunctionalModel) -> Batch:
+def _samples(data: Data, net: FunctionalModel) -> tuple[Batch, Batch]:
+    """A few samples to run, and what to run where the model fails on them."""
     if data.input_shape is not None:
-        return torch.randn(SAMPLES, *data.input_shape, device=net.device, dtype=net.dtype)
-    return cast(small(data.inputs()[0], SAMPLES), net.dtype)
+        few = torch.randn(SAMPLES, *data.input_shape, device=net.device, dtype=net.dtype)
+        return few, few[:1]
+    batch = cast(data.batches[0], net.dtype)
+    if net.module.needs_targets(batch):
+        return first(batch), batch
+    return small(batch, SAMPLES), inputs_of(batch)
 
 
 def _users(model: nn.Module) -> dict[int, str]:
@@ -101,7 +110,7 @@ def _users(model: nn.Module) -> dict[int, str]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in what a model is given or returns."""
+    """The tensors in what a model returns."""
     whole = dict(value) if isinstance(value, Mapping) else getattr(value, "__dict__", value)
     whole = value if isinstance(value, Tensor) else whole
     return [leaf for leaf in pytree.tree_leaves(whole) if isinstance(leaf, Tensor)]

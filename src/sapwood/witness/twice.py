@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from sapwood.batches import Batch, samples, target_of
+from sapwood.batches import Batch, first, inputs_of, target_of
 from sapwood.errors import SapwoodError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
+from sapwood.rows import takes_rows
 from sapwood.witness.graph import nodes
 
 STEPS = (1e-5, 1e-6, 1e-7)
@@ -44,7 +45,8 @@ def look_at_second_derivatives(net: FunctionalModel, batch: Batch, temperature: 
     if net.derivatives.second:
         return
     net.derivatives.second = True
-    double, sample = _in_double(net.held()), next(samples(batch))
+    double = _in_double(net.held())
+    sample = first(batch) if takes_rows(net, inputs_of(batch)) else batch
 
     def value(leaves: Params) -> Tensor:
         if target_of(sample) is not None:
