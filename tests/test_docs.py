@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import sapwood
 from nets import labelled, mlp
 from sapwood import METHODS
-from sapwood.cli import main
+from sapwood.cli import main, parsed
 from sapwood.experiments.fields import parse_variant
 from sapwood.methods import AFTER_TRAINING
 
@@ -21,6 +22,44 @@ ROOT = Path(__file__).parent.parent
 
 def python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's shell blocks, indented or fenced, that call the program; `...` stands for more flags."""
+    text = (ROOT / page).read_text()
+    fenced = "".join(re.findall(r"```(?:sh|bash|shell|console|text)?\n(.*?)```", text, flags=re.DOTALL))
+    lines = re.findall(r"^ {4}(?:\$ )?(sapwood .*)", text, re.MULTILINE)
+    lines += re.findall(r"^(?:\$ )?(sapwood .*)", fenced, re.MULTILINE)
+    return [line.replace(" ...", "") for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_the_pages_are_taken(page, tmp_path, monkeypatch):
+    """By the program's own parser, with all checks that come before anything is run."""
+    monkeypatch.chdir(tmp_path)
+    for command in commands(page):
+        try:
+            parsed(shlex.split(command, comments=True)[1:])
+        except (SystemExit, sapwood.SapwoodError) as error:
+            pytest.fail(f"{page} shows {command!r}, which the program refuses: {error}")
+
+
+def test_pages_show_commands():
+    assert sum(len(commands(page)) for page in PAGES) >= 15
+
+
+def test_the_cheap_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (prune,) = [c for c in commands("docs/closed-form.md") if c.startswith("sapwood prune")]
+    (show,) = [c for c in commands("README.md") if c.startswith("sapwood show")]
+    recipe = next(c for c in commands("README.md") if re.match("sapwood recipes [a-z]", c))
+    for command in (prune, show, f"{recipe.partition('#')[0]} --no-probe"):
+        assert main(shlex.split(command, comments=True)[1:]) == 0
+    said = capsys.readouterr()
+    assert "5,418" in said.out and not said.err
 
 
 def test_the_method_in_thirty_lines():

@@ -138,7 +138,7 @@ class TestFile:
             save_file({"w": torch.zeros(3)}, path)
         else:
             content = path.read_bytes()
-            path.write_bytes(content.replace(b'"version":"1"', b'"version":"9"'))
+            path.write_bytes(content.replace(b'"version":"2"', b'"version":"9"'))
         with pytest.raises(MaskFileError, match=r"m\.safetensors"):
             Masks.load(path)
 

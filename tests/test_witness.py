@@ -22,8 +22,9 @@ from sapwood.functional import Noise
 from sapwood.isolation import isolated
 from sapwood.witness import opened
 
-IMAGES, LABELS = torch.randn(8, 3, 6, 6), torch.arange(8) % 3
-ROWS = torch.randn(8, 6)
+DRAWS = torch.Generator().manual_seed(0)
+IMAGES, LABELS = torch.randn(8, 3, 6, 6, generator=DRAWS), torch.arange(8) % 3
+ROWS = torch.randn(8, 6, generator=DRAWS)
 CPU = torch.device("cpu")
 
 

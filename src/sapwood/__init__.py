@@ -44,8 +44,7 @@ from sapwood.methods import METHODS, ScoreCheck, check_score, imp, prunable, pru
 from sapwood.methods.ntt import Ntt
 from sapwood.methods.obs import Obs
 from sapwood.pruning import Method, Procedure, Result, Round, iterate
-
-__version__ = "0.1.0"
+from sapwood.version import __version__
 
 __all__ = [
     "METHODS",
@@ -85,6 +84,7 @@ __all__ = [
     "SynFlowL2",
     "Taylor",
     "UnsupportedModelError",
+    "__version__",
     "assert_masked",
     "attach",
     "check_score",

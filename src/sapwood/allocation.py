@@ -15,15 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
+from sapwood.checks import CalledWith, Range, check_value
 from sapwood.errors import BudgetError, unknown_name
 from sapwood.masks import Masks
 
 Scores = dict[str, Tensor]
+Share = Annotated[float, Range(0, 1)]
 
 
 class Allocation(Protocol):
@@ -120,9 +122,14 @@ def allocation(rule: str | Masks | Mapping[str, float] | Allocation, min_per_lay
     if isinstance(rule, Masks):
         return Layerwise({name: count.density for name, count in rule.per_layer().items()}, min_per_layer)
     if isinstance(rule, Mapping):
+        for name, share in rule.items():
+            check_value(f"The density of {name!r} in allocation", share, Share)
         return Layerwise(rule, min_per_layer)  # type: ignore[arg-type]  # not Masks: that was above
-    if not isinstance(rule, str):
+    if callable(rule):
+        CalledWith(("scores", "candidates", "keep")).check("allocation", rule)
         return rule
+    if not isinstance(rule, str):
+        raise unknown_name("allocation", str(rule), NAMES)
     if rule not in NAMES:
         raise unknown_name("allocation", rule, NAMES)
     if rule == "global":

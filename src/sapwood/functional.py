@@ -41,7 +41,7 @@ from sapwood.batches import (
     target_of,
 )
 from sapwood.errors import DataError, ForwardError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
-from sapwood.isolation import RandomState, skeleton
+from sapwood.isolation import RandomState, recordable, skeleton
 from sapwood.masks import Masks
 from sapwood.names import Names, unwrapped
 from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
@@ -158,7 +158,7 @@ class FunctionalModel:
         return cls(
             module=_Runner(copy, forward),
             params=params,
-            buffers={name: buffer.detach() for name, buffer in Names.of(model).buffers.items()},
+            buffers={name: recordable(buffer) for name, buffer in Names.of(model).buffers.items()},
             prunable=prunable,
             fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight and w.tensor.is_floating_point()},
             layout={w.name: w.layout for w in weights if w.name in prunable and w.layout},

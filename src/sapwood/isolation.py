@@ -24,8 +24,9 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds every global generator inside and puts them back outside, also after an error.
 
     Inside, gradients are on, inference mode and autocast are off (scores are computed in float32 or better whatever
-    surrounds the call), attention takes its ordinary path, which autograd can differentiate twice, and what torch says
-    of functions of its own that it is about to drop stays unsaid: nobody outside of torch can act on it.
+    surrounds the call), tensors that are made without a device have values, attention takes its ordinary path, which
+    autograd can differentiate twice, and what torch says of functions of its own that it is about to drop stays unsaid:
+    nobody outside of torch can act on it.
     """
     python, numpy = random.getstate(), np.random.get_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -34,6 +35,8 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if torch.empty(0).is_meta:  # made without a device, within `torch.device("meta")`: it would hold no values
+            stack.enter_context(device)
         stack.enter_context(warnings.catch_warnings())
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"torch\b")
@@ -102,6 +105,12 @@ def _seed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, detached; a copy of one that was made in inference mode, which autograd would refuse to record."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,25 +8,20 @@ parameter name to tensor (`dict(model.named_parameters())`). Their names are cle
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
-from sapwood.errors import MaskError, MaskFileError
+from sapwood import mask_files
+from sapwood.errors import MaskError
+from sapwood.files import write_in_one_step
+from sapwood.text import text_table
 
-FORMAT = "sapwood-masks"
-VERSION = "1"
 WRAPPERS = ("_orig_mod", "_forward_module")
 WORDS = (*WRAPPERS, "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -117,9 +112,14 @@ class Masks(Mapping[str, Tensor]):
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tensors, Mapping) or not isinstance(self.provenance, Mapping):
+            raise MaskError(
+                "Masks are made of a mapping from parameter name to bool tensor, and one of their provenance."
+            )
         for name, mask in self.tensors.items():
-            if mask.dtype != torch.bool:
-                raise MaskError(f"The mask of {name!r} has dtype {mask.dtype}; masks are bool tensors (mask != 0).")
+            came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            if came != torch.bool:
+                raise MaskError(f"The mask of {name!r} is of {came}; masks are tensors of dtype bool (mask != 0).")
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
@@ -270,16 +270,15 @@ class Masks(Mapping[str, Tensor]):
     # Files.
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file: one bit per weight, with shapes and provenance. Replaces `path` in one step."""
-        packed = {name: np.packbits(mask.cpu().numpy().ravel()) for name, mask in self.items()}
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "shapes": json.dumps({name: list(mask.shape) for name, mask in self.items()}),
-            "provenance": json.dumps(dict(self.provenance)),
-        }
-        metadata["sha256"] = _checksum(metadata, packed)
-        _write_in_one_step(Path(path), to_safetensors(packed, metadata))
+        """Writes a safetensors file: one bit per weight, with shapes and provenance. Replaces `path` in one step.
+
+        Equal masks with an equal provenance give files that are equal to the byte.
+
+        Raises:
+            MaskError: the provenance is not made of JSON values, or what the program reads from it has another type.
+            OSError: there is no such folder, or no room.
+        """
+        write_in_one_step(Path(path), mask_files.encoded(self, self.provenance))
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:
@@ -288,81 +287,8 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             MaskFileError: the file is missing, damaged, no mask file, or of another format version.
         """
-        try:
-            with safe_open(str(path), framework="np") as file:
-                metadata = file.metadata() or {}
-                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        except FileNotFoundError as error:
-            raise MaskFileError(f"There is no mask file {str(path)!r}.") from error
-        except (SafetensorError, OSError) as error:
-            raise MaskFileError(
-                f"{str(path)!r} is not a readable mask file (truncated, or not safetensors): {error}."
-            ) from error
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise MaskFileError(
-                f"{str(path)!r} is not a Sapwood mask file of version {VERSION}: its format is "
-                f"{metadata.get('format')!r}, its version {metadata.get('version')!r}."
-            )
-        if metadata.get("sha256", _checksum(metadata, packed)) != _checksum(metadata, packed):
-            raise MaskFileError(f"{str(path)!r} is damaged: its content contradicts its checksum.")
-        shapes = json.loads(metadata["shapes"])
-        tensors = {
-            name: _unpack(packed.get(name), shape, f"{name!r} in {str(path)!r}") for name, shape in shapes.items()
-        }
-        return cls(tensors, json.loads(metadata["provenance"]))
-
-
-def _checksum(metadata: Mapping[str, str], packed: Mapping[str, np.ndarray]) -> str:
-    """Of all that a file says; one of an older version has none."""
-    digest = hashlib.sha256()
-    for key in ("shapes", "provenance"):
-        digest.update(metadata.get(key, "").encode())
-    for name in sorted(packed):
-        digest.update(name.encode())
-        digest.update(packed[name].tobytes())
-    return digest.hexdigest()
+        return cls(*mask_files.read(Path(path)))
 
 
 def _order(length: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(length, generator=generator, device=generator.device)
-
-
-def _unpack(bits: np.ndarray | None, shape: list[int], where: str) -> Tensor:
-    size = int(np.prod(shape, dtype=np.int64))
-    if bits is None or bits.dtype != np.uint8 or bits.size != (size + 7) // 8:
-        raise MaskFileError(f"The mask of {where} is missing or does not fit its shape {shape}: the file is damaged.")
-    return torch.from_numpy(np.unpackbits(bits, count=size).astype(bool).reshape(shape))
-
-
-def _write_in_one_step(path: Path, content: bytes) -> None:
-    """A killed or full-disk write leaves the old file as it was."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a mask file is an ordinary one
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Aligns columns: the first two to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, *rows]
-    ]
-    return "\n".join(line.rstrip() for line in lines)

@@ -105,8 +105,8 @@ class Weight:
     def matches(self, pattern: Pattern) -> bool:
         """Whether a name, glob, module type or module selects this parameter."""
         if isinstance(pattern, str):
-            names = (*self.aliases, *self.raw)
-            return any(fnmatchcase(n, pattern) or fnmatchcase(_module_of(n), pattern) for n in names)
+            names = [name for alias in (*self.aliases, *self.raw) for name in (alias, _module_of(alias))]
+            return pattern in names or any(fnmatchcase(name, pattern) for name in names)  # a name may look like a glob
         if isinstance(pattern, type):
             return any(isinstance(owner, pattern) for owner in self.owners)
         return any(parameter is self.tensor for parameter in pattern.parameters())

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sapwood import schedules
 from sapwood.allocation import Allocation, allocation, budget, check_rounding
 from sapwood.batches import Data
 from sapwood.coverage import Coverage
@@ -58,13 +59,20 @@ class Method:
     invert: bool = False
     rounding: str = "nearest"
 
-    def __post_init__(self) -> None:
-        check_rounding(self.rounding)
-
     @property
     def needs_data(self) -> bool:
         """Whether the criterion may look at batches: it does unless it says otherwise."""
         return bool(getattr(self.criterion, "needs_data", True))
+
+    def __post_init__(self) -> None:
+        """Refuses what no search could begin with.
+
+        Raises:
+            ConfigError: an unknown schedule, allocation or rounding, or a number of rounds out of range.
+        """
+        schedules.check(self.schedule, self.rounds)
+        allocation(self.allocation)
+        check_rounding(self.rounding)
 
     def run(
         self,

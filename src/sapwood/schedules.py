@@ -25,11 +25,24 @@ def cubic(density: float, rounds: int) -> list[float]:
     return [density + (1 - density) * (1 - t / rounds) ** 3 for t in range(1, rounds + 1)]
 
 
+MOST = 1_000_000  # rounds
 SCHEDULES: dict[str, Callable[[float, int], list[float]]] = {
     "exponential": exponential,
     "linear": linear,
     "cubic": cubic,
 }
+
+
+def check(schedule: str, rounds: int) -> None:
+    """Refuses a schedule that there is none of.
+
+    Raises:
+        ConfigError: an unknown name, fewer than one round, or more than `MOST`.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown_name("schedule", schedule, SCHEDULES)
+    if not 1 <= rounds <= MOST:
+        raise ConfigError(f"rounds is {rounds}; it must be 1 or more, and at most {MOST:,}.")
 
 
 def densities(schedule: str, density: float, rounds: int) -> list[float]:
@@ -38,8 +51,5 @@ def densities(schedule: str, density: float, rounds: int) -> list[float]:
     Raises:
         ConfigError: an unknown schedule, or fewer than one round.
     """
-    if schedule not in SCHEDULES:
-        raise unknown_name("schedule", schedule, SCHEDULES)
-    if rounds < 1:
-        raise ConfigError(f"rounds is {rounds}; it must be 1 or more.")
+    check(schedule, rounds)
     return [*SCHEDULES[schedule](density, rounds)[:-1], density]

@@ -64,11 +64,7 @@ def samples(batch: Batch) -> Iterator[Batch]:
 
 def sample(batch: Batch, index: int) -> Batch:
     """A batch of the one sample at `index`, labelled if the batch is."""
-
-    def row(tensor: Tensor) -> Tensor:
-        return tensor[index : index + 1] if tensor.dim() else tensor
-
-    return mapped(row, batch)
+    return sliced(batch, index, index + 1)
 
 
 def targets_follow(batch: Batch) -> bool:
@@ -85,9 +81,9 @@ def small(batch: Batch, samples: int = 2) -> Batch:
     return sliced(inputs, 0, samples) if sliceable(inputs) else inputs
 
 
-def first(batch: Batch) -> Batch:
-    """A batch, labelled or not, of the first sample; all of it where its samples cannot be told apart."""
-    return sample(batch, 0) if sliceable(batch) and targets_follow(batch) else batch
+def first(batch: Batch, samples: int = 1) -> Batch:
+    """A batch, labelled or not, of the first samples; all of it where its samples cannot be told apart."""
+    return sliced(batch, 0, samples) if sliceable(batch) and targets_follow(batch) else batch
 
 
 def resized(batch: Batch, samples: int) -> Batch:
@@ -109,5 +105,5 @@ def taken(batch: Batch, index: Tensor) -> Batch:
 
 
 def sliced(batch: Batch, start: int, stop: int) -> Batch:
-    """The samples `start` to `stop` (excluded) of an unlabelled batch."""
+    """The samples `start` to `stop` (excluded) of a batch."""
     return mapped(lambda t: t[start:stop] if t.dim() else t, batch)

@@ -83,7 +83,8 @@ def moved(tree: Any, device: torch.device) -> Any:
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf.detach().to(device)
+            there = leaf.detach().to(device)
+            return there.clone() if there.is_inference() else there  # which autograd would refuse to record
         return copy.copy(leaf).to(device) if callable(getattr(leaf, "to", None)) else leaf
 
     return each(move, tree)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
+import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 
+from sapwood.checks import check
 from sapwood.cli.compare import Compare
 from sapwood.cli.ntk import Ntk
 from sapwood.cli.prune import Prune
@@ -47,18 +50,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a run of a comparison failed; 2 for what the user can put right; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a pipe may know fewer characters than we print
     with warnings.catch_warnings():
         warnings.simplefilter("always", SapwoodWarning)
         warnings.showwarning = for_the_user(lambda message, *_, **__: terminal.complain("warning", message))
         try:
-            command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
-            return int(command(shlex.join(["sapwood", *argv])))
+            return parsed(argv)(shlex.join(["sapwood", *argv]))
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (SapwoodError, OSError) as error:
             terminal.complain("error", error)
             return USAGE
+        except (MemoryError, RuntimeError) as error:
+            if not _is_of_memory(error):
+                raise
+            terminal.complain("error", f"the memory is not enough ({error}): choose smaller sizes or batches.")
+            return USAGE
         except KeyboardInterrupt:
             terminal.complain("error", "interrupted; the same command goes on from here.")
             return INTERRUPTED
+
+
+def parsed(argv: Sequence[str]) -> Callable[[str], int]:
+    """The command that arguments say, every name, number and path in it checked; nothing is run or written yet.
+
+    Raises:
+        ConfigError: a value is illegal.
+        SystemExit: help was asked for, or there is no such command or flag: tyro has said so.
+    """
+    command: Callable[[str], int] = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
+    check(command, flags=True)
+    return command
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking; torch has an exception of its own for GPUs only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

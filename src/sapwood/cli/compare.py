@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sapwood.checks import Processes
 from sapwood.cli.flags import OptionalFolder, Training
+from sapwood.errors import ConfigError
 from sapwood.experiments import terminal
 from sapwood.experiments.compare import compare
-from sapwood.experiments.config import Place, RunConfig
+from sapwood.experiments.config import DENSE, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
+from sapwood.experiments.environment import device_of
 from sapwood.experiments.grid import Grid
 from sapwood.experiments.kernels import KernelConfig
 from sapwood.experiments.live import SweepProgress
@@ -40,7 +43,7 @@ class Compare:
     training: Training = field(default_factory=lambda: Training(**dataclasses.asdict(digits().train)))
     place: Place = field(default_factory=Place)
     out: OptionalFolder = None
-    workers: int | None = None
+    workers: Processes | None = None
     ntk: float | None = None
 
     def __call__(self, typed: str) -> int:
@@ -61,6 +64,9 @@ def compare_and_report(  # the runs, where, how, and what is told of them
     ntk: float | None = None,
 ) -> int:
     """Does the runs and shows how far they are, then shows the table and writes the report; returns the exit code."""
+    _check_sparsity(ntk, configs)
+    if engine.engine == "local":  # those of a cluster have other devices
+        device_of(place.device)
     with SweepProgress(configs, out, f"{configs[0].model} on {configs[0].data}, runs") as progress:
         outcomes = compare(configs, out, place, engine=engine, tracker=tracker, on_run=progress.take)
     failed = [outcome for outcome in outcomes if outcome.result is None]
@@ -76,3 +82,10 @@ def compare_and_report(  # the runs, where, how, and what is told of them
             kernel_run.of_comparison(outcomes, out, ntk, KernelConfig(), place)
         print(write_report(outcomes, out, typed, expected=expected))
     return FAILED if failed else 0
+
+
+def _check_sparsity(ntk: float | None, configs: Sequence[RunConfig]) -> None:
+    there = sorted({round(1 - config.density, 12) for config in configs if config.method != DENSE})
+    if ntk is not None and not any(abs(ntk - sparsity) < 1e-9 for sparsity in there):
+        known = ", ".join(f"{sparsity:g}" for sparsity in there)
+        raise ConfigError(f"--ntk {ntk:g} is none of the comparison's sparsities: {known}.")

@@ -11,15 +11,51 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Suppress, arg
 
+from sapwood import data, models
+from sapwood.checks import Known, OneOf, Range, Rule
+from sapwood.errors import ConfigError
+from sapwood.experiments import trackers
 from sapwood.training import TrainConfig, fabric_for
+from sapwood.training.devices import STRATEGIES
 
 if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
 
-Model = Annotated[str, arg(metavar="MODEL")]
+
+LONGEST = 255  # bytes of a file's name
+
+
+class WritableFolder(Rule):
+    """A folder that is there or can be made."""
+
+    def check(self, name: str, value: Path) -> None:
+        """Refuses what is no folder, or may not be written to; makes nothing."""
+        if long := [part for part in value.parts if len(os.fsencode(part)) > LONGEST]:
+            raise ConfigError(f"{name} has a part of {len(os.fsencode(long[0]))} bytes, where names end at {LONGEST}.")
+        there = next(place for place in (value, *value.absolute().parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise ConfigError(f"{there} is a file; a folder is expected in its place for {name}: choose another one.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"The folder {there} may not be written to: choose another {name}.")
+
+
+class WritableFile(Rule):
+    """A file in such a folder."""
+
+    def check(self, name: str, value: Path) -> None:
+        """Refuses a folder, a pipe or a device, and what `WritableFolder` refuses; writes nothing."""
+        if os.path.lexists(value) and not value.is_file():
+            raise ConfigError(f"{value} is no regular file that could be replaced: choose another {name}.")
+        WritableFolder().check(name, value.absolute().parent)
+
+
+Model = Annotated[str, arg(metavar="MODEL"), Known(models.check_name)]
+DataSet = Annotated[str, OneOf("data set", tuple(data.names()))]
 File = Annotated[Path, arg(metavar="FILE")]
-Folder = Annotated[Path, arg(metavar="DIR")]
-OptionalFolder = Annotated[Path | None, arg(metavar="DIR")]  # tyro looks at the outermost annotation
+NewFile = Annotated[Path | None, arg(metavar="FILE"), WritableFile()]  # tyro looks at the outermost annotation
+Tracker = Annotated[str, Known(trackers.find)]
+Folder = Annotated[Path, arg(metavar="DIR"), WritableFolder()]
+OptionalFolder = Annotated[Path | None, arg(metavar="DIR"), WritableFolder()]
 
 
 @dataclass(frozen=True)
@@ -43,8 +79,8 @@ class Together:
         strategy: ddp (each holds the model), fsdp (each holds a shard of it), or auto: ddp for several.
     """
 
-    devices: int | None = None
-    strategy: str = "auto"
+    devices: Annotated[int, Range(1), Range(high=1024)] | None = None
+    strategy: Annotated[str, OneOf("strategy", STRATEGIES)] = "auto"
 
     def fabric(self, device: str, precision: str) -> Fabric | None:
         """The processes, started; None where there is one, which needs no others.

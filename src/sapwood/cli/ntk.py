@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from sapwood.allocation import target_density
-from sapwood.cli.flags import Model, OptionalFolder
-from sapwood.errors import ConfigError
+from sapwood.checks import Count, Known, Seed
+from sapwood.cli.flags import DataSet, Model, OptionalFolder
 from sapwood.experiments import kernel_run, terminal
 from sapwood.experiments.config import Place
+from sapwood.experiments.environment import device_of
 from sapwood.experiments.kernels import KernelConfig
 
 
@@ -38,20 +40,19 @@ class Ntk:
 
     model: Positional[Model]
     masks: tuple[Path, ...] = ()
-    method: tuple[str, ...] = ()
+    method: tuple[Annotated[str, Known(kernel_run.variants)], ...] = ()
     sparsity: float = 0.7379
-    data: str = "digits"
+    data: DataSet = "digits"
     kernel: KernelConfig = field(default_factory=KernelConfig)
-    seed: int = 0
+    seed: Seed = 0
     dynamics: bool = False
-    steps: int = 100
+    steps: Count = 100
     place: Place = field(default_factory=Place)
     out: OptionalFolder = None
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""
-        if self.steps < 1:
-            raise ConfigError(f"--steps is {self.steps}; a training has at least one.")
+        device_of(self.place.device)  # which is not there, perhaps
         out = self.out or Path("ntk") / f"{self.model.replace(':', '-').replace('/', '-')}-{self.data}"
         methods = self.method or (() if self.masks else kernel_run.PAPER)
         networks = kernel_run.read_masks(self.masks)

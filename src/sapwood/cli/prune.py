@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from sapwood.allocation import target_density
-from sapwood.cli.flags import File, Model
+from sapwood.checks import Count, Known, Natural, Seed
+from sapwood.cli.flags import DataSet, File, Model, NewFile
 from sapwood.errors import ConfigError
 from sapwood.experiments import terminal
 from sapwood.experiments.config import Place
@@ -47,19 +49,19 @@ class Prune:
     """
 
     model: Positional[Model]
-    out: File | None = None
-    method: str = "ntk-sap"
+    out: NewFile = None
+    method: Annotated[str, Known(find)] = "ntk-sap"
     density: float | None = None
     sparsity: float | None = None
     compression: float | None = None
-    data: str | None = None
-    per_class: int = 10
+    data: DataSet | None = None
+    per_class: Count = 10
     shape: Shape = field(default_factory=Shape)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allocation: str | None = None
-    min_per_layer: int = 0
-    seed: int = 0
+    min_per_layer: Natural = 0
+    seed: Seed = 0
     set: tuple[str, ...] = ()
     dry_run: bool = False
     overwrite: bool = False
@@ -70,8 +72,11 @@ class Prune:
         chosen = [*self.set, *([f"allocation={self.allocation}"] if self.allocation else [])]
         fields = parse_fields(self.method, chosen)
         device = device_of(self.place.device)
+        asked = (self.density, self.sparsity, self.compression)
+        if not self.dry_run or any(share is not None for share in asked):
+            density = target_density(*asked)
         if not self.dry_run:
-            density, out = target_density(self.density, self.sparsity, self.compression), self._target()
+            out = self._target()
             if self.data is None:
                 refuse_without_data(self.method, fields)
         built = subject(

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from sapwood.checks import Known
 from sapwood.experiments import terminal
-from sapwood.experiments.environment import device_of
+from sapwood.experiments.environment import device_of, is_device_name
 from sapwood.experiments.recipes import RECIPES, load
 from sapwood.experiments.recipes.estimate import estimate
 from sapwood.experiments.recipes.tables import cost_table, recipe_table
@@ -24,9 +25,9 @@ class Recipes:
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
     """
 
-    recipe: Positional[Annotated[str | None, arg(metavar="RECIPE")]] = None
+    recipe: Positional[Annotated[str | None, arg(metavar="RECIPE"), Known(load)]] = None
     probe: bool = True
-    device: str = "auto"
+    device: Annotated[str, Known(is_device_name)] = "auto"
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""

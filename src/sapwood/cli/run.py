@@ -8,8 +8,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from sapwood.checks import Known
 from sapwood.cli.compare import compare_and_report
-from sapwood.cli.flags import OptionalFolder
+from sapwood.cli.flags import OptionalFolder, Tracker
 from sapwood.experiments.config import Place
 from sapwood.experiments.engines import EngineConfig
 from sapwood.experiments.recipes import load, overridden
@@ -31,12 +32,12 @@ class Run:
         ntk: Also compute the tangent kernels of the first seed's networks at this sparsity, and show their spectra.
     """
 
-    recipe: Positional[Annotated[str, arg(metavar="RECIPE")]]
+    recipe: Positional[Annotated[str, arg(metavar="RECIPE"), Known(load)]]
     set: tuple[str, ...] = ()
     place: Place = field(default_factory=Place)
     engine: EngineConfig = field(default_factory=EngineConfig)
     out: OptionalFolder = None
-    tracker: str | None = None
+    tracker: Tracker | None = None
     ntk: float | None = None
 
     def __call__(self, typed: str) -> int:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from tyro.conf import Positional
 
-from sapwood.cli.flags import File
+from sapwood.checks import Seed
+from sapwood.cli.flags import DataSet, File, Model
 from sapwood.diagnosis import Diagnosis, diagnose
+from sapwood.errors import ConfigError
 from sapwood.experiments import terminal
 from sapwood.experiments.config import Place
 from sapwood.experiments.search import Shape, subject
@@ -32,14 +34,16 @@ class Show:
 
     file: Positional[File]
     csv: bool = False
-    model: str | None = None
-    data: str | None = None
+    model: Model | None = None
+    data: DataSet | None = None
     shape: Shape = field(default_factory=Shape)
-    seed: int = 0
+    seed: Seed = 0
     place: Place = field(default_factory=Place)
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code."""
+        if self.model is None and (self.data, self.shape) != (None, Shape()):
+            raise ConfigError("--data and the shape are of a model: add --model NAME, or leave them out.")
         masks = Masks.load(self.file)
         if self.csv:
             terminal.print_csv(masks)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sapwood.cli.compare import compare_and_report
-from sapwood.cli.flags import OptionalFolder, Training
+from sapwood.cli.flags import OptionalFolder, Tracker, Training
 from sapwood.experiments.config import Place
 from sapwood.experiments.engines import EngineConfig
 from sapwood.experiments.grid import Grid
@@ -35,7 +35,7 @@ class Sweep:
     place: Place = field(default_factory=Place)
     engine: EngineConfig = field(default_factory=EngineConfig)
     out: OptionalFolder = None
-    tracker: str | None = None
+    tracker: Tracker | None = None
 
     def __call__(self, typed: str) -> int:
         """Does it; returns the exit code, which is not 0 if a run failed."""

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from sapwood.cli.flags import File, Folder, Model, Together, Training
+from sapwood.checks import Resolution, Seed
+from sapwood.cli.flags import DataSet, File, Folder, Model, Together, Training
 from sapwood.errors import SapwoodError
 from sapwood.experiments import terminal
 from sapwood.experiments.config import Place, RunConfig, seeded, under
+from sapwood.experiments.environment import device_of
 from sapwood.experiments.run import run
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.together import end
@@ -43,10 +45,10 @@ class Train:
 
     model: Positional[Model]
     out: Folder
-    data: str = "digits"
+    data: DataSet = "digits"
     masks: File | None = None
-    seed: int = 0
-    resolution: int | None = None
+    seed: Seed = 0
+    resolution: Resolution | None = None
     training: Training = field(default_factory=Training)
     place: Place = field(default_factory=Place)
     together: Together = field(default_factory=Together)
@@ -60,6 +62,8 @@ class Train:
         if masks is not None:
             config = under(config, masks)
         fabric = self.together.fabric(self.place.device, config.train.precision)
+        if fabric is None:
+            device_of(self.place.device)  # which is not there, perhaps
         try:
             result = self._run(config, masks, fabric)
             if fabric is not None:

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sapwood.batches import Batch, inputs_of
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import single
 from sapwood.witness import look_at_second_derivatives
+from sapwood.witness.rows import single
 
 
 @contextmanager

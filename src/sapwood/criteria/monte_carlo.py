@@ -19,7 +19,7 @@ from sapwood.errors import ConfigError, UnsupportedModelError, unknown_name
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import takes_rows
+from sapwood.witness.rows import takes_rows
 
 LAYOUTS = ("auto", "contiguous", "channels_last")
 

@@ -30,7 +30,7 @@ from sapwood.errors import DataError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params, differentiating
 from sapwood.masks import Masks
 from sapwood.prunable import Layout
-from sapwood.rows import shortened
+from sapwood.witness.rows import shortened
 
 SAMPLES = 4  # of the look: enough that no two channels are proportional by chance
 EACH_CHANNEL = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)

@@ -51,7 +51,7 @@ from sapwood.criteria.monte_carlo import MonteCarlo, mask_leaves
 from sapwood.errors import ConfigError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import takes_rows
+from sapwood.witness.rows import takes_rows
 
 
 @dataclass(frozen=True)

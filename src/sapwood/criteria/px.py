@@ -21,7 +21,7 @@ in float64.
 Choices of ours, beyond plain networks: paths begin at inputs, so biases are zero in the auxiliary networks; all other
 parameters (norm scales, tokens, positions) are weights like any other; BatchNorm's scale 1/std is one in the first
 network and 1/var in the second; GELU, SiLU and their like have the gates of a ReLU; tanh and sigmoid are always open,
-attention is bilinear (see `linear_flow`), and of a max-pool the larger flow passes; recurrent layers' fused
+attention is bilinear (see `sapwood.flow.positive`), and of a max-pool the larger flow passes; recurrent layers' fused
 non-linearities are left as they are.
 
 Run beside the authors' code on networks without BatchNorm whose last layer is not called `fc`, scores are equal to
@@ -45,20 +45,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sapwood.batches import Batch, Data, Draw, filled
-from sapwood.criteria.gates import Record, Replay
-from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.criteria.px_released import released_scores
-from sapwood.criteria.synflow import flow_statistics
+from sapwood.flow.gates import Record, Replay
+from sapwood.flow.premise import flow_gradient
+from sapwood.flow.state import is_constant, statistics
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import shortened, takes_rows
-
-CONSTANT = ("bias", "beta")  # what comes from no input
+from sapwood.witness.rows import shortened, takes_rows
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,14 @@ class PX:
             return released_scores(net, masks, data, spare_classifier=self.spare_classifier)
         squares = _auxiliary(net, masks, torch.square)
         ones = _auxiliary(net, masks, torch.ones_like)
+        squared = partial(statistics, net, torch.square)
         total = {name: torch.zeros_like(squares[name]) for name in net.prunable}
         for batch in data.inputs():
             paths = self.activated(net, masks, ones, batch, data.draw)
             leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
-            start = filled(shortened(net, batch, 1), torch.ones_like, data.draw)
-            with LinearFlow():
-                values = net.outputs({**squares, **leaves}, start, buffers=flow_statistics(net, torch.square))
-            for name, gradient in net.differentiate((paths * values).sum(), leaves).items():
+            start = filled(shortened(net, batch, 1), _ones, data.draw)
+            found = flow_gradient(net, squares, leaves, start, squared, partial(_weighted, paths))
+            for name, gradient in found.items():
                 total[name] += gradient
         return {name: squares[name] * gradient for name, gradient in net.summed(total).items()}
 
@@ -97,21 +96,32 @@ class PX:
 
         Of a batch that is one whole, it has the outputs' own shape.
         """
+        net = net.held()
         with torch.no_grad():
-            with Record() as record:
-                net.outputs(masks.apply(net.weights), batch)
-            squared = filled(batch, torch.square, draw)
-            with Replay(record.gates):
-                paths = net.outputs(ones, squared, buffers=flow_statistics(net, torch.ones_like))
+            inputs = filled(batch, lambda t: t.to(net.dtype), draw)
+            kept, own = masks.apply(net.weights), net.own_buffers()
+            with Record(inputs, {**net.params, **kept, **own}) as record:
+                net.outputs(kept, inputs, buffers=own)
+            squared = filled(batch, lambda t: t.double().square(), draw)
+            state = statistics(net, lambda buffer: (buffer != 0).double())
+            with Replay(record.gates, squared, {**ones, **state}) as replay:
+                paths: Tensor = replay.arrived(net.outputs(ones, squared, buffers=state))
         return paths.sum(0, keepdim=True) if takes_rows(net, batch) else paths
+
+
+def _ones(tensor: Tensor) -> Tensor:
+    return torch.ones_like(tensor, dtype=torch.float64)
+
+
+def _weighted(paths: Tensor, values: Tensor) -> Tensor:
+    """sum_k J_k K_k."""
+    return (paths * values).sum()
 
 
 def _auxiliary(net: FunctionalModel, masks: Masks, value: Callable[[Tensor], Tensor]) -> Params:
     """All parameters in float64 as an auxiliary network has them, under the masks."""
     params = {
-        name: torch.zeros_like(p, dtype=torch.float64)
-        if any(word in name.rpartition(".")[2] for word in CONSTANT)
-        else value(p.double())
+        name: torch.zeros_like(p, dtype=torch.float64) if is_constant(name) else value(p.double())
         for name, p in net.params.items()
         if p.is_floating_point()
     }

@@ -13,12 +13,12 @@ parameters.
 
 In the authors' code what keeps its values has "bn" or "fc" in its name, as BatchNorms and classifiers of the authors'
 networks have; here they are found by looking, so that the BatchNorm of a shortcut called otherwise keeps its own too.
-In float64 (there: float32).
+Rectifiers are calls of ReLU, as there; other functions are left as they are. In float64 (there: float32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,41 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sapwood.batches import Batch, Data, filled
-from sapwood.criteria.gates import Record, Replay
+from sapwood.errors import UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
+
+RELU = frozenset((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_))
+
+
+class _Gates(TorchFunctionMode):
+    """A context that notes where rectifiers are open, or, given gates, multiplies by these instead."""
+
+    def __init__(self, given: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.given = None if given is None else iter(given)
+        self.noted: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Notes or multiplies; makes all other calls.
+
+        Raises:
+            UnsupportedModelError: the pass does not call the same rectifiers on the same shapes as the noted one.
+        """
+        kwargs = kwargs or {}
+        if func not in RELU:
+            return func(*args, **kwargs)
+        value = args[0] if args else kwargs["input"]
+        if self.given is None:
+            self.noted.append(value.detach() > 0)  # now: the call may be in place
+            return func(*args, **kwargs)
+        gate = next(self.given, None)
+        if gate is None or gate.shape != value.shape:
+            raise UnsupportedModelError(
+                "The model does not call the same rectifiers whatever its weights are (does its forward depend on "
+                "values?), so that paths cannot be followed through it; synflow-l2 needs no activations."
+            )
+        return value * gate
 
 
 class _Layers(TorchFunctionMode):
@@ -66,9 +98,9 @@ def released_scores(net: FunctionalModel, masks: Masks, data: Data, *, spare_cla
     for batch in batches:
         leaves = {name: squares[name].detach().requires_grad_() for name in net.prunable}
         gates = _gates(net, masks, batch)
-        with torch.no_grad(), Replay(gates):
+        with torch.no_grad(), _Gates(gates):
             paths = net.outputs(ones, filled(batch, torch.square, data.draw), buffers=_buffers(net), train=True)
-        with Replay([torch.ones_like(gate) for gate in gates]):
+        with _Gates([torch.ones_like(gate) for gate in gates]):
             start = filled(batch, torch.ones_like, data.draw)
             values = net.outputs({**squares, **leaves}, start, buffers=_buffers(net), train=True)
         for name, gradient in net.differentiate((paths * values).sum(), leaves).items():
@@ -79,10 +111,10 @@ def released_scores(net: FunctionalModel, masks: Masks, data: Data, *, spare_cla
 
 def _gates(net: FunctionalModel, masks: Masks, batch: Batch) -> list[Tensor]:
     """Which rectifiers are open in the real network."""
-    record = Record()
-    with torch.no_grad(), record:
+    gates = _Gates()
+    with torch.no_grad(), gates:
         net.outputs(masks.apply(net.weights), batch)
-    return record.gates
+    return gates.noted
 
 
 def _spared(net: FunctionalModel, batch: Batch, spare_classifier: bool) -> set[str]:

@@ -25,6 +25,7 @@ class Random:
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight."""
         return {
-            name: torch.rand(weight.shape, generator=generator, device=weight.device)
+            # float32 whatever the default is: a seed means the same masks everywhere
+            name: torch.rand(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
             for name, weight in net.weights.items()
         }

@@ -11,24 +11,27 @@ BatchNorm normalises with its running statistics (in train mode the law fails).
 
 Departures from the authors' code: nothing is written into the model (the code takes `abs_` of its whole state dict
 and multiplies signs back); running means are taken as zero (a trained network's would turn the flow negative); and
-what is not a positive linear flow is made one, see `linear_flow`. On an untrained ReLU network with BatchNorm the
-scores are the code's, to the bit in float64. The code rounds the number of kept weights up, ours is the nearest:
-`rounding="up"` keeps its masks through all rounds (see `allocation`).
+what is not a positive linear flow is made one, or refused, see `sapwood.flow.positive`. On an untrained ReLU network
+with BatchNorm the scores are the code's, to the bit in float64. The premise is checked on what was computed, see
+`sapwood.flow.premise`. The code rounds the number of kept weights up, ours is the nearest: `rounding="up"` keeps its
+masks through all rounds (see `allocation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sapwood.batches import Data, filled
-from sapwood.criteria.linear_flow import LinearFlow
+from sapwood.flow.premise import flow_gradient
+from sapwood.flow.state import non_negative, statistics
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import shortened
+from sapwood.witness.rows import shortened
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,9 @@ def flow_scores(net: FunctionalModel, masks: Masks, data: Data, positive: Callab
         positive: Makes weights and BatchNorm's variances positive; its result is in float64.
     """
     template = shortened(net, data.templates()[0], 1)
-    ones = filled(template, lambda t: torch.ones_like(t, device=net.device), data.draw)
-    params = {name: _positive(p, positive) for name, p in net.params.items()}
+    ones = filled(template, lambda t: torch.ones_like(t, device=net.device, dtype=torch.float64), data.draw)
+    params = {name: non_negative(p, positive) for name, p in net.params.items()}
     kept = masks.apply({name: params[name] for name in net.prunable})
     leaves = {name: weight.requires_grad_() for name, weight in kept.items()}
-    with LinearFlow():
-        output = net.outputs({**params, **leaves}, ones, buffers=flow_statistics(net, positive))
-    gradient = net.differentiate(output.sum(), leaves)
+    gradient = flow_gradient(net, params, leaves, ones, partial(statistics, net, positive))
     return {name: (leaf.detach() * gradient[name]).abs() for name, leaf in leaves.items()}
-
-
-def flow_statistics(net: FunctionalModel, positive: Callable[[Tensor], Tensor]) -> Params:
-    """Buffers in float64; running means are zero, since a flow is not centred."""
-    return {
-        name: torch.zeros_like(buffer, dtype=torch.float64)
-        if name.endswith("running_mean")
-        else _positive(buffer, positive)
-        for name, buffer in net.buffers.items()
-    }
-
-
-def _positive(tensor: Tensor, positive: Callable[[Tensor], Tensor]) -> Tensor:
-    return positive(tensor.double()) if tensor.is_floating_point() else tensor

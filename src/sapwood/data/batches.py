@@ -87,8 +87,8 @@ def batches(
     pixels = images.images.to(device) if isinstance(images.images, Tensor) else images.images
     return Batches(
         images=replace(images, images=pixels, labels=images.labels.to(device)),
-        mean=255 * torch.tensor(dataset.mean, device=device).view(-1, 1, 1),
-        std=255 * torch.tensor(dataset.std, device=device).view(-1, 1, 1),
+        mean=255 * torch.tensor(dataset.mean, device=device, dtype=torch.float32).view(-1, 1, 1),
+        std=255 * torch.tensor(dataset.std, device=device, dtype=torch.float32).view(-1, 1, 1),
         batch_size=batch_size,
         generator=generator,
         augmentation=dataset.augmentation if augment else None,

@@ -133,7 +133,7 @@ def read_idx(file: Path) -> Tensor:
     rank = content[3] if len(content) > 3 else 0
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
     start = 4 + 4 * rank
-    if content[:3] != b"\0\0\x08" or rank == 0 or len(content) != start + math.prod(shape):
+    if content[:3] != b"\0\0\x08" or not math.prod(shape) or not rank or len(content) != start + math.prod(shape):
         raise DataError(
             f"{file} is not an idx file of bytes, or is cut off: it starts with {content[:4].hex() or 'nothing'} "
             f"and has {len(content)} bytes, where 0000080n and {start + math.prod(shape)} bytes were expected. "
@@ -144,7 +144,12 @@ def read_idx(file: Path) -> Tensor:
 
 def _cifar_batch(file: Path, md5: str, label_key: str) -> tuple[Tensor, Tensor]:
     """One batch of CIFAR. A pickle can run any code, so nothing but the published bytes is unpickled."""
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error}): delete {file.parent} to have it downloaded again."
+        ) from error
     if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
         raise DataError(
             f"{file} is not the published file: its md5 is {found} and not {md5}, so it was not read. "

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sapwood.errors import DataError
+from sapwood.text import one_line
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,34 @@ class ImageFiles:
 
 
 def _decode(file: Path) -> Image.Image:
+    """The image in RGB, 8 bits a channel, as torchvision's ImageFolder has it: no rotation by EXIF, alpha dropped.
+
+    Only 16-bit grey differs, which Pillow clips at 255: it is scaled.
+    """
     try:
         with Image.open(file) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be decoded ({error}): replace it or remove it.") from error
+            return _rgb(opened)
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
+        raise DataError(f"{file} cannot be decoded ({one_line(error)}): replace it or remove it.") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """In RGB.
+
+    Raises:
+        ValueError: its pixels are numbers whose range is not known.
+    """
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if deep:
+        levels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((levels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are 32-bit numbers of no known range, mode {image.mode!r}: save it with 8 or 16 bits"
+        )
+    elif "transparency" in image.info:  # RGBA on the way, because Pillow warns otherwise; the colours are the same
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _pixels(file: Path, size: tuple[int, int], fit: bool) -> np.ndarray:
@@ -76,7 +100,12 @@ def read(files: list[Path], resolution: int | None, memory_limit: int) -> Tensor
     """All files as one tensor, or as `ImageFiles` where that would take more than `memory_limit` bytes.
 
     Without a resolution, the images must all have the size of the first.
+
+    Raises:
+        DataError: there are no files, or one cannot be decoded or has another size.
     """
+    if not files:
+        raise DataError("There are no images to read: the list of files is empty.")
     if resolution is None:
         first = _decode(files[0])
         size = (first.height, first.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +121,11 @@ def split(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
 
 
 def channel_statistics(images: Images, at_most: int = 2_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in 0 .. 1, over at most so many evenly spaced images."""
+    """Mean and standard deviation of each channel, of pixels in 0 .. 1, over at most so many evenly spaced images.
+
+    Fewer where they are so large that they would take more than 4 GiB.
+    """
+    at_most = max(1, min(at_most, 2**32 // math.prod(images.images.shape[1:])))
     chosen = torch.arange(0, len(images), max(1, len(images) // at_most))
     pixels = images.take(chosen).transpose(0, 1).flatten(1)
     # Counting the 256 values takes a hundredth of the memory that a float copy of the pixels would.

@@ -9,19 +9,18 @@ attention a path runs through query, key and value together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from sapwood.batches import Batch, Draw, filled
-from sapwood.criteria.linear_flow import LinearFlow
 from sapwood.errors import UnsupportedModelError
+from sapwood.flow import PositiveFlow
+from sapwood.flow.pooling import SUMS
+from sapwood.flow.state import is_constant
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
@@ -48,8 +47,10 @@ def count(net: FunctionalModel, masks: Masks, template: Batch, draw: Draw = None
         wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in masks}
         fill = partial(torch.full_like, fill_value=scale, device=net.device, dtype=torch.float64)
         inputs = filled(template, fill, draw)
-        with _Sums(), LinearFlow():
-            total = net.outputs(leaves, inputs, buffers=_unit(net)).sum()
+        state = _unit(net)
+        with PositiveFlow(inputs, {**leaves, **state}, pools=SUMS, paths=True) as flow:
+            output = flow.arrived(net.outputs(leaves, inputs, buffers=state))
+        total = output.sum()
         seed = torch.full_like(total, scale)
         if not total.requires_grad:
             raise UnsupportedModelError("The model's output does not depend on the masked weights through autograd.")
@@ -74,8 +75,7 @@ def _is_real(parameter: Tensor) -> bool:
 def _ones(name: str, parameter: Tensor, mask: Tensor | None) -> Tensor:
     """A mask, or ones where there is none; constants lead no path."""
     if mask is None:
-        constant = any(word in name.rpartition(".")[2] for word in ("bias", "beta"))
-        return (torch.zeros_like if constant else torch.ones_like)(parameter, dtype=torch.float64)
+        return (torch.zeros_like if is_constant(name) else torch.ones_like)(parameter, dtype=torch.float64)
     return mask.to(parameter.device, torch.float64)
 
 
@@ -84,48 +84,3 @@ def _unit(net: FunctionalModel) -> Params:
     fills = {"running_mean": torch.zeros_like, "running_var": torch.ones_like}
     found = {name: b.double() if b.is_floating_point() else b.clone() for name, b in net.buffers.items()}
     return {name: fills.get(name.rpartition(".")[2], torch.clone)(buffer) for name, buffer in found.items()}
-
-
-class _Sums(TorchFunctionMode):
-    """A context in which what averages, or takes a maximum, sums."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the stand-in, if there is one."""
-        return STAND_INS.get(func, func)(*args, **(kwargs or {}))
-
-
-def _pool(average: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
-    def summed(
-        input: Tensor, size: Any, stride: Any = None, padding: Any = 0, *args: Any, ceil_mode: bool = False, **_: Any
-    ) -> Tensor:
-        window = math.prod([size] * dims if isinstance(size, int) else size)
-        pooled: Tensor = average(input, size, stride or size, padding, ceil_mode, True)
-        return pooled * window
-
-    return summed
-
-
-def _adaptive(average: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
-    def summed(input: Tensor, size: Any, *_: Any, **__: Any) -> Tensor:
-        pooled: Tensor = average(input, size)
-        return pooled * (math.prod(input.shape[-dims:]) / math.prod(pooled.shape[-dims:]))
-
-    return summed
-
-
-def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
-    return input.sum() if dim is None else input.sum(dim, keepdim=keepdim)
-
-
-STAND_INS: dict[Any, Callable[..., Any]] = {
-    F.avg_pool1d: _pool(F.avg_pool1d, 1), F.max_pool1d: _pool(F.avg_pool1d, 1),
-    F.avg_pool2d: _pool(F.avg_pool2d, 2), F.max_pool2d: _pool(F.avg_pool2d, 2),
-    F.avg_pool3d: _pool(F.avg_pool3d, 3), F.max_pool3d: _pool(F.avg_pool3d, 3),
-    F.adaptive_avg_pool1d: _adaptive(F.adaptive_avg_pool1d, 1),
-    F.adaptive_max_pool1d: _adaptive(F.adaptive_avg_pool1d, 1),
-    F.adaptive_avg_pool2d: _adaptive(F.adaptive_avg_pool2d, 2),
-    F.adaptive_max_pool2d: _adaptive(F.adaptive_avg_pool2d, 2),
-    F.adaptive_avg_pool3d: _adaptive(F.adaptive_avg_pool3d, 3),
-    F.adaptive_max_pool3d: _adaptive(F.adaptive_avg_pool3d, 3),
-    **dict.fromkeys((torch.mean, Tensor.mean, torch.amax, Tensor.amax), _mean),
-}  # fmt: skip

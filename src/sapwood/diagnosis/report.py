@@ -16,13 +16,14 @@ from sapwood.errors import SapwoodError
 from sapwood.fresh import normal
 from sapwood.functional import Forward, FunctionalModel
 from sapwood.isolation import device_of, isolated
-from sapwood.masks import Masks, text_table
+from sapwood.masks import Masks
 from sapwood.names import Names, unwrapped
 from sapwood.ntk.outputs import Outputs
 from sapwood.ntk.products import of_outputs
 from sapwood.ntk.traces import hutchinson
 from sapwood.prunable import Weight, all_weights
-from sapwood.rows import shortened
+from sapwood.text import text_table
+from sapwood.witness.rows import shortened
 
 SAMPLES, PROBES = 8, 8
 ALL_PATHS = 1 - 1e-9

@@ -8,10 +8,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from sapwood.checks import Count, Known, Natural, OneOf, Range, Resolution, Seed, check
+from sapwood.experiments.environment import is_device_name
 from sapwood.masks import Masks
 from sapwood.methods import AFTER_TRAINING
+from sapwood.text import visible
 from sapwood.training import TrainConfig
 
 DENSE = "dense"
@@ -60,18 +63,26 @@ class RunConfig:
     data: str
     model: str
     method: str = DENSE
-    density: float = 1.0
+    density: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     fields: Mapping[str, Any] = field(default_factory=dict)
-    resolution: int | None = None
-    per_class: int = 10
-    min_per_layer: int = 0
+    resolution: Resolution | None = None
+    per_class: Count = 10
+    min_per_layer: Natural = 0
     masks: str | None = None
-    control: str = ""
-    seed: int = 0
+    control: Annotated[str, OneOf("control", ("", *CONTROLS))] = ""
+    seed: Seed = 0
     train: TrainConfig = field(default_factory=TrainConfig)
     retrain: str = ""
-    rewind_epoch: int = 0
+    rewind_epoch: Natural = 0
     rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range.
+
+        Raises:
+            ConfigError: one is.
+        """
+        check(self)
 
     @property
     def label(self) -> str:
@@ -110,7 +121,7 @@ class Place:
         offline: Never download anything.
     """
 
-    device: str = "auto"
+    device: Annotated[str, Known(is_device_name)] = "auto"
     data_root: Path | None = None
     offline: bool = False
 
@@ -137,7 +148,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         short = f"{value:g}"
         return (short if float(short) == value else str(value)).replace("e-0", "e-")
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else visible(value)
 
 
 def seeded(train: TrainConfig, seed: int) -> TrainConfig:

@@ -15,6 +15,7 @@ from sapwood.experiments.config import DENSE
 from sapwood.experiments.figures import Curve, Published
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.summary import Summary, finished, select
+from sapwood.text import visible
 
 
 def draw(outcomes: Sequence[Outcome], summary: Summary, out: Path, published: Published) -> dict[str, Figure]:
@@ -40,7 +41,7 @@ def draw(outcomes: Sequence[Outcome], summary: Summary, out: Path, published: Pu
 def _layer_densities(results: Sequence[RunResult]) -> dict[str, float]:
     """Mean over the seeds."""
     return {
-        name: statistics.mean(result.layers[name][0] / result.layers[name][1] for result in results)
+        visible(name): statistics.mean(result.layers[name][0] / result.layers[name][1] for result in results)
         for name in results[0].layers
     }
 

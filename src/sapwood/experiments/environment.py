@@ -16,6 +16,20 @@ if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
 
 
+def is_device_name(name: str) -> None:
+    """Refuses what is the name of a device on no machine.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        kind = "cpu" if name == "auto" else torch.device(name).type
+    except (RuntimeError, ValueError) as error:
+        raise _no_device(name, error) from error
+    if kind == "meta":
+        raise ConfigError(f"On the device {name!r} tensors have no values; legal: auto, cpu, cuda, cuda:0.")
+
+
 def device_of(name: str) -> torch.device:
     """The device behind "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:0".
 
@@ -24,12 +38,12 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_device_name(name)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA raises an AssertionError
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"There is no device {name!r} here ({reason}); legal: auto, cpu, cuda, cuda:0.") from error
+        raise _no_device(name, error) from error
     return device
 
 
@@ -52,6 +66,11 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _no_device(name: str, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0]
+    return ConfigError(f"There is no device {name!r} here ({reason}); legal: auto, cpu, cuda, cuda:0.")
 
 
 def _processor() -> str:

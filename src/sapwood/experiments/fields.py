@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from sapwood.checks import check_value
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.experiments.config import CONTROLS
 from sapwood.methods import AFTER_TRAINING, configured, find
@@ -104,10 +105,8 @@ def value(field: str, text: str, kind: Any) -> Any:
         return text
     try:
         read = json.loads(text.lower() if kind is bool else text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a word, a number of thousands of digits, a thousand brackets
         read = text
-    if kind is float and type(read) is int:
-        return float(read)
-    if kind in (bool, int, float) and type(read) is not kind:
-        raise ConfigError(f"{field} takes a value of type {kind.__name__}; {text!r} came.")
-    return read
+    if kind in (bool, int, float):
+        check_value(field, read, kind)
+    return float(read) if kind is float else read

@@ -19,7 +19,7 @@ from sapwood.experiments.looks import GRID, INK, MUTED, SERIES, control_of, look
 from sapwood.experiments.summary import Summary
 
 FAINT: Any = {"linestyle": ":", "linewidth": 1.2, "alpha": 0.6, "marker": "_", "markersize": 8, "markeredgewidth": 1.6}
-
+APART = 1.018  # factor between the points of methods at one sparsity
 
 Curve = Sequence[tuple[float, float]]
 Published = Mapping[tuple[str, float], float]
@@ -27,6 +27,7 @@ Published = Mapping[tuple[str, float], float]
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be found
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -56,11 +57,13 @@ def accuracy(summary: Summary, published: Published) -> Figure:
     """
     with axes_of((4.7, 3.4)) as (figure, axes):
         dense = summary.dense
+        axes.set_xscale("log")
+        axes.set_xlim(*_limits(summary))
         if dense.n:
             axes.axhspan(dense.mean - dense.std, dense.mean + dense.std, color=MUTED, alpha=0.15, linewidth=0)
             axes.axhline(dense.mean, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.4, label=DENSE)
         for i, (method, look) in enumerate(looks(summary.methods).items()):
-            shift = 1.018 ** ((len(summary.methods) - 1) / 2 - i)  # side by side, so that the bars can be told apart
+            shift = APART ** ((len(summary.methods) - 1) / 2 - i)  # side by side, so that the bars can be told apart
             cells = [(s, cell) for s, cell in summary.cells[method].items() if cell.n]
             axes.errorbar(
                 [(1 - s) * shift for s, _ in cells],
@@ -74,14 +77,19 @@ def accuracy(summary: Summary, published: Published) -> Figure:
             axes.plot([(1 - s) * shift for s, _ in known], [value for _, value in known], **{**look, **FAINT})
         if published:
             axes.plot([], [], color=MUTED, label="as published", **FAINT)
-        axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks([1 - s for s in summary.sparsities], [f"{100 * s:g}" for s in summary.sparsities])
-        axes.invert_xaxis()
         axes.set_xlabel("sparsity: weights removed, %")
         axes.set_ylabel("test accuracy, %")
         legend(figure)
     return figure
+
+
+def _limits(summary: Summary) -> tuple[float, float]:
+    """Densities at the left and right edge, which have a distance also where all points are at one sparsity."""
+    densest, sparsest = 1 - summary.sparsities[0], 1 - summary.sparsities[-1]
+    margin = max(1.05 * APART ** (len(summary.methods) / 2), (densest / sparsest) ** 0.05)
+    return densest * margin, sparsest / margin
 
 
 def layers(densities: Mapping[str, Mapping[str, float]], overall: float, order: Sequence[str]) -> Figure:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from typing import Annotated
 
+from sapwood import data, models
 from sapwood.allocation import target_density
+from sapwood.checks import Count, Known, Natural, OneOf, Resolution, Seed, check
 from sapwood.errors import ConfigError
 from sapwood.experiments import levels
 from sapwood.experiments.config import DENSE, RunConfig, seeded
 from sapwood.experiments.fields import parse_variant
 from sapwood.training import TrainConfig
+
+
+def _method(text: str) -> None:
+    """Refuses what is no method; the dense model is refused later, in better words."""
+    if text != DENSE:
+        parse_variant(text)
 
 
 @dataclass(frozen=True)
@@ -33,23 +42,24 @@ class Grid:
         min_per_layer: Weights that every layer keeps at least.
     """
 
-    data: str = "digits"
-    model: str = "resnet8"
-    methods: tuple[str, ...] = ("ntk-sap", "synflow", "snip", "grasp", "magnitude", "random")
+    data: Annotated[str, OneOf("data set", tuple(data.names()))] = "digits"
+    model: Annotated[str, Known(models.check_name)] = "resnet8"
+    methods: tuple[Annotated[str, Known(_method)], ...] = ("ntk-sap", "synflow", "snip", "grasp", "magnitude", "random")
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.98)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    resolution: int | None = None
-    per_class: int = 10
-    min_per_layer: int = 0
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    resolution: Resolution | None = None
+    per_class: Count = 10
+    min_per_layer: Natural = 0
 
     def runs(self, train: TrainConfig) -> list[RunConfig]:
         """All runs, the dense ones first.
 
         Raises:
             BudgetError: a sparsity is not in [0, 1).
-            ConfigError: an unknown method or field, or one of the lists is empty or repeats itself.
+            ConfigError: an unknown name, a value out of range, or one of the lists is empty or repeats itself.
         """
         self._check_lists()
+        check(self)
         variants = [parse_variant(method) for method in self.methods]
         dense = RunConfig(self.data, self.model, resolution=self.resolution)
         plain = [dataclasses.replace(dense, seed=seed, train=seeded(train, seed)) for seed in self.seeds]

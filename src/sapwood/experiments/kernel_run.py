@@ -16,7 +16,7 @@ from sapwood.experiments import kernels, store, terminal
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
-from sapwood.experiments.fields import parse_variant
+from sapwood.experiments.fields import Variant, parse_variant
 from sapwood.experiments.kernels import KernelConfig, Spectra
 from sapwood.experiments.material import create_model, load_data
 from sapwood.experiments.stages import pruned
@@ -24,11 +24,21 @@ from sapwood.experiments.summary import finished, sparsity
 from sapwood.masks import Masks
 from sapwood.methods import METHODS
 from sapwood.names import Names
+from sapwood.text import visible
 
 PAPER = ("ntk-sap", "snip", "iter-snip", "synflow", "magnitude", "grasp")
 ALL = "all"
 TRAINED_IMAGES = 50  # of a training that is compared with its prediction: its kernel is computed several times
 Dynamics = Mapping[str, ntk.Dynamics]
+
+
+def variants(name: str) -> list[Variant]:
+    """The method of a name, or every one for "all".
+
+    Raises:
+        ConfigError: there is no such method, or no such field of it.
+    """
+    return [parse_variant(method) for method in (METHODS if name == ALL else [name])]
 
 
 def find_masks(
@@ -40,11 +50,11 @@ def find_masks(
         SapwoodError: what the methods refuse.
     """
     dataset, device = load_data(data, None, place), device_of(place.device)
-    variants = [parse_variant(m) for name in methods for m in (METHODS if name == ALL else [name])]
+    chosen = [variant for name in methods for variant in variants(name)]
     found = {}
     with terminal.progress("name") as bar:
-        task = bar.add_task("masks", total=len(variants), name="")
-        for variant in variants:
+        task = bar.add_task("masks", total=len(chosen), name="")
+        for variant in chosen:
             config = RunConfig(
                 data, model, variant.method, density, fields=variant.fields, control=variant.control, seed=seed
             )
@@ -60,7 +70,7 @@ def read_masks(files: Sequence[Path]) -> dict[str, Masks]:
     """Masks from files, by the files' names."""
     found: dict[str, Masks] = {}
     for file in files:
-        label = file.stem
+        label = visible(file.stem)
         while label in found:
             label = f"{file.parent.name}/{label}" if "/" not in label else f"{label}+"
         found[label] = Masks.load(file)

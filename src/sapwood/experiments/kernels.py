@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from sapwood import ntk
+from sapwood.checks import Count, OneOf, Range
 from sapwood.errors import SapwoodError
 from sapwood.experiments import store
 from sapwood.experiments.config import DENSE
 from sapwood.masks import Masks
+from sapwood.ntk.options import BATCHNORM
 
 RECORD = "ntk.json"
 DIGITS = 7  # of an eigenvalue in a file
@@ -39,10 +41,10 @@ class KernelConfig:
         memory: Gigabytes that the derivatives and the kernel may take; what does not fit is computed again.
     """
 
-    batchnorm: str = "train"
-    batch_size: int | None = None
-    per_class: int = 10
-    memory: float = 2.0
+    batchnorm: Annotated[str, OneOf("batchnorm", BATCHNORM)] = "train"
+    batch_size: Count | None = None
+    per_class: Count = 10
+    memory: Annotated[float, Range(0, 2**30, open_low=True)] = 2.0
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class SweepProgress(Progress):
         self._since = time.time() - 1  # file systems round
         console = console or Console(stderr=True, highlight=False)
         super().__init__(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -107,7 +107,7 @@ class SweepProgress(Progress):
         self._unfinished.pop(outcome.config.id, None)
         self.update(self._all, advance=1, fresh=self.tasks[0].fields["fresh"] + fresh)
         if fresh and not self.disable:
-            self.console.print(outcome_line(outcome))
+            self.console.print(outcome_line(outcome), markup=False)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """What rich draws, once a second."""

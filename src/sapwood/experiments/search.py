@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from sapwood import data, models
 from sapwood.batches import Batch
+from sapwood.checks import Count, Rule
 from sapwood.errors import ConfigError, DataError
 from sapwood.experiments import cost
 from sapwood.experiments.config import Place
@@ -19,6 +21,17 @@ from sapwood.experiments.material import initialised, load_data
 from sapwood.masks import Masks
 from sapwood.methods import METHODS, configured, find, prune
 from sapwood.pruning import Result, Round
+
+
+class Held(Rule):
+    """A shape of which a tensor can be made."""
+
+    def check(self, name: str, value: tuple[int, ...]) -> None:
+        """Refuses an empty one, and one of more than 2^40 numbers."""
+        if not value or math.prod(value) > 2**40:
+            raise ConfigError(
+                f"{name} is {' '.join(map(str, value))[:80] or 'empty'}; one sample's shape was expected."
+            )
 
 
 @dataclass(frozen=True)
@@ -32,9 +45,9 @@ class Shape:
             has, else the model's usual shape.
     """
 
-    num_classes: int | None = None
-    in_channels: int | None = None
-    input_shape: tuple[int, ...] | None = None
+    num_classes: Count | None = None
+    in_channels: Count | None = None
+    input_shape: Annotated[tuple[Count, ...] | None, Held()] = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from sapwood.experiments.compare import Outcome
 from sapwood.experiments.config import RunConfig
 from sapwood.experiments.summary import Summary
 from sapwood.masks import Masks
+from sapwood.text import one_line, visible
 
 PIPE_WIDTH = 200  # in a pipe or a file there is no width to fit into, and a cut layer name is of no use
 
@@ -32,7 +34,7 @@ def show(table: Table | Group) -> None:
 def layer_rows(masks: Masks) -> list[tuple[str, str, int, int, float]]:
     """Name, shape, kept and all weights, density of every layer."""
     return [
-        (name, "x".join(map(str, masks[name].shape)), count.kept, count.total, count.density)
+        (visible(name), "x".join(map(str, masks[name].shape)), count.kept, count.total, count.density)
         for name, count in masks.per_layer().items()
     ]
 
@@ -52,7 +54,7 @@ def provenance_table(masks: Masks) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for key, value in masks.provenance.items():
         text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(Text(key, style="dim"), Text(text))
+        table.add_row(Text(visible(key), style="dim"), Text(visible(text)))
     return table
 
 
@@ -67,7 +69,7 @@ def weight_table(weights: Mapping[str, Tensor]) -> Table:
     """The prunable weights of a model, with a sum."""
     table = _table("layer", "shape", right=("weights",))
     for name, weight in weights.items():
-        table.add_row(Text(name), "x".join(map(str, weight.shape)), f"{weight.numel():,}")
+        table.add_row(Text(visible(name)), "x".join(map(str, weight.shape)), f"{weight.numel():,}")
     table.add_section()
     table.add_row("all", "", f"{sum(weight.numel() for weight in weights.values()):,}", style="bold")
     return table
@@ -97,9 +99,9 @@ def comparison_table(summary: Summary) -> Group:
 def progress(*columns: str, silent: bool = False) -> Iterator[Progress]:
     """A bar on standard error, and nothing where that is not a terminal; `columns` are field names to show after it."""
     console = Console(stderr=True, highlight=False)
-    shown = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
+    shown = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in columns]
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -115,7 +117,7 @@ def progress(*columns: str, silent: bool = False) -> Iterator[Progress]:
 def outcome_line(outcome: Outcome) -> str:
     """One finished run in one line."""
     if outcome.result is None:
-        return f"{run_name(outcome.config)}  failed: {outcome.error}"
+        return f"{run_name(outcome.config)}  failed: {one_line(outcome.error)}"
     result = outcome.result
     seconds = f"{result.prune_seconds:.1f} s to prune, {result.train_seconds:.1f} s to train"
     return f"{run_name(outcome.config)}  {result.test_accuracy:6.2f} %  ({seconds})"
@@ -127,8 +129,9 @@ def run_name(config: RunConfig) -> str:
 
 
 def complain(kind: str, message: object) -> None:
-    """One line on standard error, as programs do."""
-    print(f"sapwood: {kind}: {message}", file=sys.stderr)
+    """One line on standard error, as programs do; nobody need be there to read it."""
+    with contextlib.suppress(BrokenPipeError):
+        print(f"sapwood: {kind}: {one_line(message)}", file=sys.stderr)
 
 
 def _table(*left: str, right: Sequence[str]) -> Table:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+from sapwood.checks import takes
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.experiments.config import RunConfig
+from sapwood.imports import imported
 from sapwood.training import Epoch
 
 Log = Callable[[Epoch], None]
@@ -87,13 +88,16 @@ def find(name: str) -> Tracker:
     Raises:
         ConfigError: there is none, or its package is not installed.
     """
-    if ":" not in name and name not in TRACKERS:
+    if ":" in name:
+        tracker: Tracker = imported(name, "tracker")
+        if not callable(tracker) or not takes(tracker, "config", "folder"):
+            raise ConfigError(f"The tracker {name!r} is not a function that may be called with (config, folder).")
+        return tracker
+    if name not in TRACKERS:
         raise unknown_name("tracker", name, TRACKERS)
     try:
-        if ":" in name:
-            return pkgutil.resolve_name(name)  # type: ignore[no-any-return]
         importlib.import_module(name)
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise ConfigError(f"The tracker {name!r} cannot be imported ({error}); install it with pip.") from error
     return TRACKERS[name]
 

@@ -17,9 +17,10 @@ from sapwood.errors import ConfigError
 from sapwood.fresh import fresh_parameters, normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.isolation import device_of, isolated
-from sapwood.masks import Masks, text_table
+from sapwood.masks import Masks
 from sapwood.names import Names
 from sapwood.prunable import Pattern
+from sapwood.text import text_table
 from sapwood.witness import opened
 
 LIMIT = 0.25

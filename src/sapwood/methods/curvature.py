@@ -13,7 +13,7 @@ from sapwood.criteria.derivatives import sample_gradients, twice_differentiable
 from sapwood.errors import ScoreError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
-from sapwood.rows import single
+from sapwood.witness.rows import single
 
 
 def inverse_fisher(net: FunctionalModel, masks: Masks, data: Data, width: int, damping: float) -> Tensor:

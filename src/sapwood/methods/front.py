@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from sapwood.allocation import Layerwise, target_density
 from sapwood.batches import Batch, Data
+from sapwood.checks import CalledWith, Natural, OneOf, check_arguments
 from sapwood.coverage import Coverage
 from sapwood.diagnosis import diagnose
 from sapwood.errors import SapwoodWarning
@@ -25,6 +25,7 @@ from sapwood.methods.table import METHOD_FIELDS, configured, find, settings
 from sapwood.names import Names, named_parameters, unwrapped
 from sapwood.prunable import Pattern, select
 from sapwood.pruning import Criterion, OnRound, Procedure, Result
+from sapwood.version import __version__
 from sapwood.witness import opened
 
 
@@ -38,14 +39,14 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
     input_shape: Iterable[int] | None = None,
     batches: Iterable[Batch] | None = None,
     draw: Iterable[str] | None = None,
-    loss: Loss | None = None,
-    forward: Forward | None = None,
+    loss: Annotated[Loss | None, CalledWith(("output", "target"))] = None,
+    forward: Annotated[Forward | None, CalledWith(("model", "inputs"))] = None,
     include: Iterable[Pattern] | Pattern = (),
     exclude: Iterable[Pattern] | Pattern = (),
-    min_per_layer: int = 0,
-    zero_init: str = "ones",
-    seed: int = 0,
-    on_round: OnRound | None = None,
+    min_per_layer: Natural = 0,
+    zero_init: Annotated[str, OneOf("zero_init", ("ones", "keep"))] = "ones",
+    seed: Natural = 0,
+    on_round: Annotated[OnRound | None, CalledWith(("round", "masks"))] = None,
     within: Masks | None = None,
     group: dist.ProcessGroup | None = None,
     diagnosed: bool = False,
@@ -82,7 +83,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         min_per_layer: Weights that every layer keeps at least.
         zero_init: "ones" scores zero-initialised branch scales (zero-gamma BatchNorm, LayerScale) as ones, "keep" as
             they are.
-        seed: Seed of every random draw; the global generators are left as they were.
+        seed: Seed of every random draw, 0 or more; the global generators are left as they were.
         on_round: Called after every round with its record and masks.
         within: Masks to begin from, such as those of an earlier call: what they prune stays pruned. `density` is still
             a share of all prunable weights.
@@ -102,7 +103,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
 
     Raises:
         BudgetError: the budget cannot be met, or not exactly one of the three words is given.
-        ConfigError: an unknown method, field or pattern.
+        ConfigError: an unknown method, field or pattern, or an argument of a wrong type or out of range.
         DataError: the method needs batches, targets or an input shape that were not given.
         ScoreError: a weight or a score is NaN or infinite.
         UnsupportedModelError: the model cannot be scored, or has nothing to prune.
@@ -114,6 +115,7 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
         >>> result.masks.kept, result.masks.total
         (38, 384)
     """
+    check_arguments(prune, locals())
     begin = time.perf_counter()
     name, found = find(method)
     recipe = configured(name, found, fields)
@@ -204,7 +206,7 @@ def _provenance(name: str, recipe: Procedure, seed: int, density: float, model: 
         "seed": seed,
         "density": density,
         "torch": torch.__version__,
-        "sapwood": importlib.metadata.version("sapwood"),
+        "sapwood": __version__,
         "fingerprint": fingerprint(named_parameters(model)),
     }
 

@@ -51,7 +51,7 @@ from sapwood.fresh import normal
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 from sapwood.pruning import Found, OnRound, Round, starting_masks, warn_of_collapse
-from sapwood.rows import shortened, takes_rows
+from sapwood.witness.rows import shortened, takes_rows
 
 SCALE_PROBES = 16  # for the teacher's norm, which is measured once
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
+from sapwood.checks import check_fields, takes
 from sapwood.criteria import (
     PX,
     Grasp,
@@ -23,6 +23,7 @@ from sapwood.criteria import (
     Taylor,
 )
 from sapwood.errors import ConfigError, unknown_name
+from sapwood.imports import called, imported
 from sapwood.methods.ntt import Ntt
 from sapwood.methods.obs import Obs
 from sapwood.pruning import Criterion, Method, Procedure
@@ -75,14 +76,10 @@ def find(method: str | Procedure | Criterion) -> tuple[str, Procedure]:
     Raises:
         ConfigError: no such name, or nothing callable at the import path.
     """
-    if isinstance(method, Method):
-        return type(method.criterion).__name__, method
-    if isinstance(method, Procedure):
-        return type(method).__name__, method
     if not isinstance(method, str):
-        return getattr(method, "__name__", type(method).__name__), Method(method)
+        return _named(method)
     if ":" in method:
-        return method, find(_imported(method))[1]
+        return method, _named(imported(method, "method"), method)[1]
     if method in AFTER_TRAINING:
         raise ConfigError(
             f"{method!r} trains the network before it prunes it: call sapwood.imp(model, train=...), or name it in "
@@ -97,7 +94,7 @@ def configured(name: str, method: Procedure, fields: dict[str, Any]) -> Procedur
     """The method with some of its own or its criterion's fields replaced.
 
     Raises:
-        ConfigError: neither has such a field.
+        ConfigError: neither has such a field, or a value has the wrong type.
     """
     legal, criterion = settings(method), criterion_fields(method)
     for field in fields:
@@ -106,8 +103,12 @@ def configured(name: str, method: Procedure, fields: dict[str, Any]) -> Procedur
     inner = {key: value for key, value in fields.items() if key in criterion}
     outer = {key: value for key, value in fields.items() if key not in criterion}
     if inner:
+        check_fields(method.criterion, inner)  # type: ignore[attr-defined]
         outer["criterion"] = dataclasses.replace(method.criterion, **inner)  # type: ignore[attr-defined]
-    return dataclasses.replace(method, **outer) if outer else method  # type: ignore[type-var]
+    if not outer:
+        return method
+    check_fields(method, outer)
+    return dataclasses.replace(method, **outer)  # type: ignore[type-var]
 
 
 def criterion_fields(method: Procedure) -> set[str]:
@@ -128,14 +129,21 @@ def _values(thing: object) -> dict[str, Any]:
     return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
 
 
-def _imported(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"There is no method at {path!r} ('package.module:object' was expected): {error}.") from error
-    if not callable(found) and not isinstance(found, Procedure):
+def _named(found: Any, path: str = "method") -> tuple[str, Procedure]:
+    """The name and the method that an object is: a method, a criterion, or a class of one, made with its defaults.
+
+    Raises:
+        ConfigError: it is none of these, or its class cannot be made so.
+    """
+    if isinstance(found, type):
+        found = called(found, path, "method")
+    if isinstance(found, Method):
+        return type(found.criterion).__name__, found
+    if isinstance(found, Procedure):
+        return type(found).__name__, found
+    if not callable(found) or not takes(found, "net", "masks", "data", "generator"):
         raise ConfigError(
-            f"{path!r} is {type(found).__name__}; a criterion, a sapwood.Method or another Procedure was expected."
+            f"{path!r} is {type(found).__name__}; a criterion, which is called with (net, masks, data, generator), a "
+            "sapwood.Method or another Procedure was expected."
         )
-    return found() if isinstance(found, type) else found
+    return getattr(found, "__name__", type(found).__name__), Method(found)

@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 from sapwood.errors import ConfigError
+from sapwood.imports import called, imported
 
 
 def torchvision_model(name: str, settings: dict[str, Any]) -> nn.Module:
     """A classification model of torchvision, untrained; `settings` may hold what its builder accepts."""
-    library = _vision_library("torchvision")
-    legal = library.models.list_models(module=library.models)
-    if name not in legal:
-        raise _unknown("torchvision", name, legal)
+    library = check_torchvision(name)
     channels = settings.pop("in_channels")
     settings.pop("image_size")
     if channels != 3:
@@ -28,8 +26,19 @@ def torchvision_model(name: str, settings: dict[str, Any]) -> nn.Module:
             f"torchvision:{name} takes images of 3 channels, but the data has in_channels={channels}: "
             "use a timm model, one of Sapwood's own, or data converted to RGB."
         )
-    model: nn.Module = library.models.get_model(name, weights=None, **settings)
+    model: nn.Module = called(
+        library.models.get_model, f"torchvision:{name}", "model", name=name, weights=None, **settings
+    )
     return model
+
+
+def check_torchvision(name: str) -> ModuleType:
+    """The library, if it has a classification model of this name."""
+    library = _vision_library("torchvision")
+    legal = library.models.list_models(module=library.models)
+    if name not in legal:
+        raise _unknown("torchvision", name, legal)
+    return library
 
 
 def timm_model(name: str, settings: dict[str, Any]) -> nn.Module:
@@ -38,7 +47,9 @@ def timm_model(name: str, settings: dict[str, Any]) -> nn.Module:
     config = _timm_config(name)
     if size is not None and config is not None and config.fixed_input_size:
         settings.setdefault("img_size", size)  # the models without a fixed size refuse the argument
-    model: nn.Module = _vision_library("timm").create_model(name, pretrained=False, in_chans=channels, **settings)
+    create = _vision_library("timm").create_model
+    settings |= {"model_name": name, "pretrained": False, "in_chans": channels}
+    model: nn.Module = called(create, f"timm:{name}", "model", **settings)
     return model
 
 
@@ -50,18 +61,33 @@ def timm_input_shape(name: str) -> tuple[int, ...]:
 
 def factory_model(path: str, settings: dict[str, Any]) -> nn.Module:
     """Calls `package.module:factory` with the settings; `num_classes` and its like only if the signature takes them."""
-    factory = _imported(path)
+    factory = importable(path)
     offered = {key: settings.pop(key) for key in ("num_classes", "in_channels", "image_size")}
     known = {key: value for key, value in offered.items() if value is not None and accepts(factory, key)}
-    model = factory(**known, **settings)
+    model = called(factory, path, "model", **known, **settings)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"The model factory {path!r} must return a torch.nn.Module, but gave {type(model).__name__}.")
     return model
 
 
+def importable(path: str) -> Callable[..., Any]:
+    """What `package.module:factory` names.
+
+    Raises:
+        ConfigError: there is no such thing, or it cannot be called.
+    """
+    factory = imported(path, "model")
+    if not callable(factory):
+        raise ConfigError(f"The model {path!r} names a {type(factory).__name__}, but must name something callable.")
+    return factory  # type: ignore[no-any-return]
+
+
 def accepts(function: Callable[..., Any], argument: str) -> bool:
     """Whether the function can be called with a keyword argument of this name."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a builtin, which does not say
+        return False
     named = argument in parameters and parameters[argument].kind is not inspect.Parameter.POSITIONAL_ONLY
     return named or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
@@ -87,17 +113,3 @@ def _unknown(library: str, name: str, legal: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, legal, n=5, cutoff=0.3)  # timm has over a thousand names
     listing = {"timm": "timm.list_models()", "torchvision": "torchvision.models.list_models()"}[library]
     return ConfigError(f"{library} has no model {name!r}. Nearest: {', '.join(near) or 'none'}. `{listing}` lists all.")
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    module_name, _, attribute = path.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"The model {path!r} was read as package.module:factory, but cannot be imported: {error}. "
-            "Its folder must be on the Python path."
-        ) from error
-    if not callable(factory):
-        raise ConfigError(f"The model {path!r} names a {type(factory).__name__}, but must name something callable.")
-    return factory  # type: ignore[no-any-return]

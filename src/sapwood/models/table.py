@@ -10,8 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from sapwood.checks import Count, Resolution, check_arguments
 from sapwood.errors import ConfigError, unknown_name
-from sapwood.models.external import accepts, factory_model, timm_input_shape, timm_model, torchvision_model
+from sapwood.imports import called
+from sapwood.models.external import (
+    accepts,
+    check_torchvision,
+    factory_model,
+    importable,
+    timm_input_shape,
+    timm_model,
+    torchvision_model,
+)
 from sapwood.models.mlp import Mlp
 from sapwood.models.resnet import BasicBlock, Bottleneck, ResNet
 from sapwood.models.vgg import Vgg
@@ -56,7 +66,7 @@ def names() -> list[str]:
 
 
 def create(
-    name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, **kwargs: Any
+    name: str, *, num_classes: Count = 10, in_channels: Count = 3, image_size: Resolution | None = None, **kwargs: Any
 ) -> nn.Module:
     """Builds an untrained model; its weights come from torch's global generator (`torch.manual_seed`).
 
@@ -75,6 +85,7 @@ def create(
     Raises:
         ConfigError: For an unknown name or setting, or a library that is not there.
     """
+    check_arguments(create, locals())
     settings = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, **kwargs}
     prefix, colon, rest = name.partition(":")
     if not colon:
@@ -84,6 +95,23 @@ def create(
     if prefix == "timm":
         return timm_model(rest, settings)
     return factory_model(name, settings)
+
+
+def check_name(name: str) -> None:
+    """Refuses the name of a model that is not there; builds none.
+
+    Raises:
+        ConfigError: For an unknown name, or a library or a module of the user's that cannot be imported.
+    """
+    prefix, colon, rest = name.partition(":")
+    if not colon:
+        _entry(name)
+    elif prefix == "torchvision":
+        check_torchvision(rest)
+    elif prefix == "timm":
+        timm_input_shape(rest)
+    else:
+        importable(name)
 
 
 def input_shape(name: str) -> tuple[int, ...]:
@@ -110,12 +138,13 @@ def _own(name: str, settings: dict[str, Any]) -> nn.Module:
     for setting in settings:
         if setting not in legal:
             raise unknown_name(f"setting of model {name!r}:", setting, legal)
-    return builder(**settings)
+    model: nn.Module = called(builder, name, "model", **settings)
+    return model
 
 
 def _entry(name: str) -> tuple[Builder, tuple[int, ...]]:
     if name in MODELS:
         return MODELS[name]
-    if wide := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+    if wide := re.fullmatch(r"wrn-([0-9]{1,4})-([0-9]{1,4})", name):
         return partial(WideResNet, depth=int(wide[1]), width=int(wide[2])), _CIFAR
     raise unknown_name("model", name, [*MODELS, *PATTERNS])

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 import torch
 
+from sapwood.checks import Count, check
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.functional import Forward
 
@@ -41,7 +42,7 @@ class Options:
     parametrization: str = "standard"
     dtype: torch.dtype | None = None
     forward: Forward | None = None
-    memory: int = MEMORY
+    memory: Count = MEMORY
 
     def __post_init__(self) -> None:
         for name, legal in (("dropout", DROPOUT), ("parametrization", PARAMETRIZATIONS), ("batchnorm", BATCHNORM)):
@@ -52,6 +53,7 @@ class Options:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, or None for all samples.")
         if self.dtype not in (None, torch.float32, torch.float64):
             raise ConfigError(f"dtype is {self.dtype}; a kernel is computed in torch.float32 or torch.float64.")
+        check(self)
 
 
 class Keywords(TypedDict, total=False):

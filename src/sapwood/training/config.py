@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Annotated
 
-from sapwood.errors import ConfigError, unknown_name
+from sapwood.checks import Count, Natural, OneOf, Positive, Range, check
+from sapwood.errors import ConfigError
 
 SCHEDULES = ("step", "cosine", "one-cycle")
 PRECISIONS = ("float32", "bf16", "fp16")
@@ -34,22 +36,22 @@ class TrainConfig:
             rates that the last ones of `epochs` have (rewinding). The data order begins anew.
     """
 
-    epochs: int = 160
-    batch_size: int = 128
-    lr: float = 0.1
+    epochs: Count = 160
+    batch_size: Count = 128
+    lr: Positive = 0.1
     milestones: tuple[int, ...] = (80, 120)
-    gamma: float = 0.1
-    schedule: str = "step"
-    warmup_epochs: int = 0
-    momentum: float = 0.9
+    gamma: Positive = 0.1
+    schedule: Annotated[str, OneOf("schedule", SCHEDULES)] = "step"
+    warmup_epochs: Natural = 0
+    momentum: Annotated[float, Range(0), Range(high=1, open_high=True)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
-    share: float = 1.0
-    validation: float = 0.0
-    precision: str = "float32"
+    weight_decay: Annotated[float, Range(0)] = 1e-4
+    share: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    validation: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    precision: Annotated[str, OneOf("precision", PRECISIONS)] = "float32"
     channels_last: bool = False
-    seed: int = 0
-    start_epoch: int = 0
+    seed: Annotated[int, Range(0), Range(high=2**32 - 1)] = 0
+    start_epoch: Natural = 0
 
     def __post_init__(self) -> None:
         """Refuses values that could not have been meant.
@@ -57,18 +59,7 @@ class TrainConfig:
         Raises:
             ConfigError: a setting is out of range, or two settings exclude each other.
         """
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("schedule", self.schedule, SCHEDULES)
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
-        for name in ("epochs", "batch_size"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_epochs", "weight_decay", "momentum", "seed", "start_epoch"):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
-        _require(self, "lr", self.lr > 0, "above 0")
-        _require(self, "gamma", self.gamma > 0, "above 0")
-        _require(self, "share", 0 < self.share <= 1, "in (0, 1]")
-        _require(self, "validation", 0 <= self.validation < 1, "in [0, 1)")
+        check(self)
         _require(self, "nesterov", not self.nesterov or self.momentum > 0, "False where momentum is 0")
         _require(self, "warmup_epochs", self.warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
         _require(self, "start_epoch", self.start_epoch < self.epochs, f"below epochs ({self.epochs})")

@@ -99,7 +99,7 @@ def _samples(data: Data, net: FunctionalModel) -> tuple[Batch, Batch]:
         return few, few[:1]
     batch = cast(data.batches[0], net.dtype)
     if net.module.needs_targets(batch):
-        return first(batch), batch
+        return first(batch, SAMPLES), batch
     return small(batch, SAMPLES), inputs_of(batch)
 
 

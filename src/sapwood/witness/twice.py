@@ -21,8 +21,8 @@ from torch.autograd.function import BackwardCFunction
 from sapwood.batches import Batch, first, inputs_of, target_of
 from sapwood.errors import SapwoodError, UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
-from sapwood.rows import takes_rows
 from sapwood.witness.graph import nodes
+from sapwood.witness.rows import takes_rows
 
 STEPS = (1e-5, 1e-6, 1e-7)
 """Relative steps in the weights."""

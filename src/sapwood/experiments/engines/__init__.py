@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
-from sapwood.errors import ConfigError, unknown_name
+from sapwood.checks import Count, Natural, OneOf, Processes, Range, check
+from sapwood.errors import ConfigError
 from sapwood.experiments.job import Job, Outcome
 
+MOST_THREADS = 4096
 NEEDS = {"local": None, "ray": "ray", "slurm": "submitit"}  # the package behind each engine
 
 
@@ -34,12 +36,12 @@ class EngineConfig:
         submit: For slurm: parameters of the job as submitit names them, such as timeout_min=600 gpus_per_node=1.
     """
 
-    engine: str = "local"
+    engine: Annotated[str, OneOf("engine", tuple(NEEDS))] = "local"
     address: str | None = None
-    workers: int | None = None
-    runs_per_gpu: int = 1
-    cpus_per_run: int | None = None
-    retries: int = 2
+    workers: Processes | None = None
+    runs_per_gpu: Count = 1
+    cpus_per_run: Annotated[int, Range(1, MOST_THREADS)] | None = None
+    retries: Natural = 2
     submit: tuple[str, ...] = ()
 
 
@@ -69,14 +71,7 @@ def find(config: EngineConfig) -> Engine:
 
 
 def _check(config: EngineConfig) -> None:
-    if config.engine not in NEEDS:
-        raise unknown_name("engine", config.engine, NEEDS)
-    if config.workers is not None and config.workers < 1:
-        raise ConfigError(f"workers is {config.workers}; at least 1 process is needed.")
-    for name, least in (("runs_per_gpu", 1), ("cpus_per_run", 1), ("retries", 0)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}.")
+    check(config)
     for name, engines in (("address", ("ray", "slurm")), ("submit", ("slurm",))):
         if getattr(config, name) and config.engine not in engines:
             raise ConfigError(f"{name} is for the engine {' or '.join(engines)}; the engine is {config.engine!r}.")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import runpy
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from sapwood.errors import ConfigError, unknown_name
 from sapwood.experiments.fields import assignment, value
 from sapwood.experiments.recipes import ablations, cifar, demos, imagenet, tiny_imagenet
 from sapwood.experiments.recipes.recipe import Recipe
+from sapwood.imports import called, imported
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": demos.digits,
@@ -51,15 +48,8 @@ def load(name: str) -> Recipe:
         if name not in RECIPES:
             raise unknown_name("recipe", name, [*RECIPES, "package.module:function", "FILE.py:function"])
         return RECIPES[name]()
-    where, _, attribute = name.rpartition(":")
-    try:
-        defined = _names_in(where)
-    except (ImportError, OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"The recipe {name!r} cannot be read: {type(error).__name__}: {error}.") from error
-    if attribute not in defined:
-        raise ConfigError(f"There is no {attribute!r} in {where}; a function that returns a Recipe was expected.")
-    function = defined[attribute]
-    recipe = function() if callable(function) else function
+    function = imported(name, "recipe", files=True)
+    recipe = called(function, name, "recipe") if callable(function) else function
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"{name!r} gives {type(recipe).__name__}; a function that returns a Recipe was expected.")
     return recipe
@@ -88,8 +78,3 @@ def overridden(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         expected = recipe.expected if path in LISTS else {}
         recipe = dataclasses.replace(recipe, **{part: new, "expected": expected})
     return recipe
-
-
-def _names_in(where: str) -> Mapping[str, Any]:
-    """What a module or a file defines."""
-    return runpy.run_path(where) if Path(where).suffix == ".py" else vars(importlib.import_module(where))

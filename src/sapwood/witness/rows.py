@@ -76,7 +76,8 @@ def _look(net: FunctionalModel, batch: Batch) -> bool:
     coupled = any(norm.running_mean is None for norm in net.norms)
     rows = [(0, 1), (0, 1, 0, 1)] if coupled else [(0, 1), (0, 0), (1, 1)]
     try:
-        both, *others = [_outputs(net, taken(pair, torch.tensor(some))) for some in rows]
+        held = net.held()
+        both, *others = [_outputs(held, taken(pair, torch.tensor(some))) for some in rows]
     except SapwoodError:  # a model that wants its batch whole
         return False
 
