@@ -26,7 +26,7 @@ from sapwood import models
 from sapwood.batches import Data
 from sapwood.experiments.fields import parse_variant
 from sapwood.isolation import isolated
-from sapwood.methods import LABELLED, METHODS, configured
+from sapwood.methods import METHODS, configured
 from sapwood.witness import opened
 
 PUBLISHED, GEMM = "published", "gemm"
@@ -99,7 +99,7 @@ def planned(case: Case, text: str, extent: str) -> Plan:
         if part:
             options |= {"rounds": 1, "resamples": 1, "samples": sizes[0]}
         return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, look)
-    if variant.method in LABELLED:
+    if getattr(recipe, "needs_data", True):
         sizes = _sizes(case.labelled, case.batch_size)
         options |= {"batches": _labelled(case, sizes[:1] if part else sizes)} | ({"rounds": 1} if part else {})
         return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, look)

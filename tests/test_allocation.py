@@ -1,3 +1,4 @@
+import fractions
 import itertools
 import math
 
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapwood import BudgetError, ConfigError, Global, Layerwise, Masks
+from sapwood import BudgetError, ConfigError, Global, Layerwise, Masks, Method, SynFlow
 from sapwood.allocation import allocation, apportion, budget, target_density
 from sapwood.schedules import SCHEDULES, densities
 
@@ -153,6 +154,30 @@ class TestBudgetErrors:
                 target_density(*words)
         with pytest.raises(BudgetError, match=r"the least is 0\.001"):
             budget(0.0001, 1000)
+
+
+class TestRounding:
+    @given(st.floats(1e-3, 1), st.integers(1000, 10**7))
+    def test_is_within_one_of_the_exact_product_on_its_side(self, density, total):
+        exact, slack = fractions.Fraction(density) * total, fractions.Fraction(total, 10**15)
+        assert abs(budget(density, total) - exact) <= 0.5 + slack
+        assert exact - slack <= budget(density, total, "up") < exact + 1 + slack
+        assert exact - 1 - slack < budget(density, total, "down") <= exact + slack
+
+    def test_is_that_of_the_authors_double_precision(self):
+        """Where the product is a whole number, theirs may be one beside it."""
+        assert [budget(0.29, 100, rounding) for rounding in ("nearest", "up", "down")] == [29, 29, 28]
+        assert [budget(0.9, 100, rounding) for rounding in ("nearest", "up", "down")] == [90, 91, 90]
+        assert [budget(0.125, 100, rounding) for rounding in ("nearest", "up", "down")] == [12, 13, 12]
+
+    def test_nothing_left_and_unknown_names(self):
+        assert budget(0.001, 100, "up") == 1
+        for rounding in ("nearest", "down"):
+            with pytest.raises(BudgetError, match="keeps none of 100"):
+                budget(0.001, 100, rounding)
+        for call in (lambda: budget(0.5, 10, "upp"), lambda: Method(SynFlow(), rounding="upp")):
+            with pytest.raises(ConfigError, match="Did you mean 'up'"):
+                call()
 
 
 class TestSchedules:

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import sapwood
 from nets import labelled, mlp
 from sapwood import METHODS
 from sapwood.cli import main, parsed
+from sapwood.experiments.fields import parse_variant
 from sapwood.methods import AFTER_TRAINING
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +79,28 @@ def test_the_method_in_thirty_lines():
     assert flat[kept].min() >= flat[~kept].max()
 
 
+@pytest.mark.trap(88)
+@pytest.mark.parametrize("name", ["growth", "method_of_the_page:Growth"])
+def test_the_method_in_thirty_lines_runs_in_the_commands(name, tmp_path, monkeypatch, capsys):
+    """As a row of the table, and by its import path: what it needs is asked of it, and stands in no list."""
+    (source,) = python_blocks("CONTRIBUTING.md")
+    (tmp_path / "method_of_the_page.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    page = importlib.import_module("method_of_the_page")
+    monkeypatch.setitem(METHODS, "growth", sapwood.Method(page.Growth(), rounds=10))
+    out, masks = tmp_path / "out", tmp_path / "masks"
+    typed = ["compare", "--methods", name, "--model", "mlp", "--sparsities", "0.5", "--seeds", "0", "--epochs", "1"]
+    assert main([*typed, "--workers", "1", "--out", str(out)]) == 0
+    assert name in (out / "results.csv").read_text()
+    typed = ["prune", "mlp", "--method", name, "--density", "0.5", "--out", str(masks)]
+    assert main([*typed, "--data", "digits"]) == 0
+    assert sapwood.Masks.load(masks).density == pytest.approx(0.5, abs=1e-3)
+    capsys.readouterr()
+    assert main([*typed, "--overwrite"]) == 2  # without data there is nothing to score on
+    assert f"Method {name!r} scores on images of a data set: add --data NAME" in capsys.readouterr().err
+    sys.modules.pop("method_of_the_page")
+
+
 def test_the_readme_trains_a_torchvision_model(monkeypatch, capsys):
     """As printed, but with one round of one draw instead of the published hundred."""
     import dataclasses
@@ -136,6 +160,35 @@ def test_the_page_on_pruning_after_training():
     for block in python_blocks("docs/after-training.md"):
         exec(compile(block, "after-training.md", "exec"), space)
     sapwood.assert_masked(space["model"], space["result"].masks)
+
+
+def test_the_page_on_methods():
+    """Every method is on it, every entry is one that `--methods` takes, the tests that it names are there."""
+    text = (ROOT / "docs/methods.md").read_text()
+    rows = re.findall(r"^\| .* \|$", text, flags=re.MULTILINE)[2:]
+    entries = [entry for row in rows for cell in row.split(" | ")[1:3] for entry in re.findall(r"`([^`]+)`", cell)]
+    entries = [entry for entry in entries if not re.match(r"(loss|l2)=", entry)]
+    named = {entry.partition("@")[0] for entry in entries}
+    assert {*METHODS, *AFTER_TRAINING} - named == {
+        *("random", "ntk-sap-analytic", "ntk-sap-jvp"),  # no authors, or our own
+        *("janowsky", "magnitude-after", "lr-rewinding"),  # magnitude and IMP by other names
+    }
+    for entry in entries:
+        parse_variant(entry)
+    tests = (ROOT / "tests/test_parity.py").read_text()
+    held = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    assert held and all(f"def {name}(" in tests for name in held)
+
+
+@pytest.mark.filterwarnings("ignore::sapwood.SapwoodWarning")
+def test_the_recipes_of_the_page_on_methods():
+    (source,) = python_blocks("docs/methods.md")
+    (images, labels), *_ = labelled((4,), samples=12)
+    space = {"model": mlp(4, 32, 3), "images": images, "labels": labels}
+    exec(compile(source, "docs/methods.md", "exec"), space)
+    assert space["force"].masks.kept == 22 and space["grasp"].masks.kept == 22  # of 224
+    (_, first), (_, second) = [(images[half], labels[half]) for half in space["halves"]]
+    assert first.max() <= second.min()
 
 
 def test_the_page_on_the_closed_form(capsys):

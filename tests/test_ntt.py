@@ -133,11 +133,44 @@ def test_random_inputs_need_a_shape_only_and_real_ones_no_labels():
         prune(model, method="ntt", input_shape=(4,), **quick)
     assert needs_batches("ntt", {}) and not needs_batches("ntt", {"random_inputs": True})
     assert not needs_batches("ntk-sap", {}) and needs_batches("ntk-sap", {"random_inputs": False})
+    assert needs_batches("nets:by_magnitude", {}) and not needs_batches("sapwood:Random", {})
+
+
+def test_the_released_objective_trains_and_needs_two_halves():
+    quick = {"rounds": 2, "interval": 30, "lr": 5e-3, "gamma": 0.1, "l2": 1e-4, "density": 0.5, "as_released": True}
+    model = mlp(4, 16, CLASSES).double()
+    inputs = torch.randn(12, 4, dtype=torch.float64)
+    result = prune(model, method="ntt", batches=[inputs], **quick)
+    start = prune(model, method="magnitude", density=0.5, allocation="uniform").masks
+    dense = {name: p.detach() for name, p in model.named_parameters()}
+    errors = [
+        (functional_call(model, params, (inputs,)) - model(inputs)).square().mean().item()
+        for params in (start.apply(dense), result.params)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+    for options in ({"batches": [inputs, inputs[:1]]}, {"batches": [inputs], "batch_size": 1}):
+        with pytest.raises(DataError, match="has no two halves"):
+            prune(model, method="ntt", **quick, **options)
+
+
+def test_the_penalty_shrinks_what_is_kept():
+    sizes = []
+    for l2 in (0.0, 1.0):
+        fields = {"rounds": 1, "interval": 30, "lr": 1e-2, "l2": l2}
+        result = prune(mlp(4, 6, CLASSES), method="ntt", density=0.5, batches=labelled((4,)), **fields)
+        sizes.append(sum(result.params[name].square().sum().item() for name in result.masks))
+        torch.manual_seed(0)
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
-    [({"probes": 1}, "probes is 1; it must be 2"), ({"lr": 0.0}, "lr is 0"), ({"gamma": -1.0}, "gamma is -1")],
+    [
+        ({"probes": 1}, "probes is 1; it must be 2"),
+        ({"lr": 0.0}, "lr is 0"),
+        ({"gamma": -1.0}, "gamma is -1"),
+        ({"l2": -1.0}, "l2 is -1"),
+    ],
 )
 def test_refuses(fields, said):
     with pytest.raises(ConfigError, match=said):

@@ -85,6 +85,7 @@ class TestTaylor:
         snip = flat(Snip()(net, dense, data(batches), generator())) / len(batches[0][0])
         torch.testing.assert_close(flat(Taylor()(net, dense, data(batches), generator())), snip.square())
 
+    @pytest.mark.filterwarnings("ignore::sapwood.SapwoodWarning")  # the classifier's three channels are the least
     def test_channels_of_a_convolutional_net_fall_whole(self):
         model = convolutional(2, nn.BatchNorm2d)
         masks = prune(model, method="taylor", structure="channels", density=0.5, batches=labelled((2, 6, 6))).masks

@@ -136,6 +136,21 @@ class TestEveryMethodOnEveryNet:
         assert runs[0].provenance == runs[1].provenance
 
 
+@pytest.mark.trap(88)
+@pytest.mark.filterwarnings("ignore::sapwood.SapwoodWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_who_says_that_it_needs_no_data_looks_at_none(method):
+    model = mlp(7, 12, 12, 3)
+    fields = QUICK.get(method, {})
+    if getattr(METHODS[method], "needs_data", True):
+        with pytest.raises(DataError, match="give batches"):
+            prune(model, method=method, density=0.5, input_shape=(7,), **fields)
+    else:
+        with_shape = prune(model, method=method, density=0.5, input_shape=(7,), **fields).masks
+        batches = [(torch.full((4, 7), torch.nan), None)]  # whoever looked would say so
+        assert prune(model, method=method, density=0.5, input_shape=(7,), batches=batches, **fields).masks == with_shape
+
+
 def sentence_loss(output, batch):
     return nn.functional.cross_entropy(output.flatten(0, 1), batch["labels"].flatten())
 
@@ -151,6 +166,18 @@ class TestBudget:
         model = mlp(10, 10, 10)
         words = [{"density": 0.25}, {"sparsity": 0.75}, {"compression": 4}]
         assert len({prune(model, method="magnitude", **word).masks.kept for word in words}) == 1
+
+    @pytest.mark.parametrize(("rounding", "kept"), [("nearest", 67), ("up", 67), ("down", 66)])
+    def test_rounding_is_named_with_the_masks(self, rounding, kept):
+        model = mlp(10, 10, 10)  # a third of 200 weights
+        for method in ("magnitude", "synflow", "erk"):
+            fields = {"rounding": rounding, "input_shape": (10,)}
+            result = prune(model, method=method, density=1 / 3, **fields)
+            assert result.masks.kept == kept == result.history[-1].kept
+            assert result.masks.provenance["fields"]["rounding"] == rounding
+
+    def test_wrong_words(self):
+        model = mlp(10, 10, 10)
         with pytest.raises(BudgetError, match=r"sparsity is 1\.2"):
             prune(model, sparsity=1.2)
         with pytest.raises(BudgetError, match="exactly one"):

@@ -3,12 +3,17 @@
 An allocation is a callable `(scores, candidates, keep) -> Masks`: among the weights that `candidates` allows it keeps
 **exactly** `keep`, higher scores first. Ties are broken by position (parameter order, then row-major order), so the
 result is a function of its arguments. A threshold would not do: at a tie it keeps too many or too few.
+
+How many weights a density keeps is a matter of definition: here the nearest number, in authors' code one below or one
+above it (see `ROUNDINGS`). One weight a round is enough to lead methods of many rounds elsewhere: SynFlow's 100 rounds
+on a network of 4,000 weights keep masks that overlap by 73 % only. So masks of iterated methods can be compared with
+those of other code round by round, and at the end only under the same rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -155,13 +160,43 @@ def target_density(density: float | None, sparsity: float | None, compression: f
     return 1 / value if word == "compression" else value
 
 
-def budget(density: float, total: int) -> int:
-    """The number of weights that a density keeps: round(density x total).
+ROUNDINGS: dict[str, Callable[[float, int], int]] = {
+    "nearest": lambda density, total: round(density * total),
+    "up": lambda density, total: total - int((1 - density) * total),
+    "down": lambda density, total: int(density * total),
+}
+"""How a density becomes a number of weights.
+
+"up" and "down" are spelt as in the code that they reproduce, in double precision: "up" in that of SynFlow, NTK-SAP and
+PX, "down" in SNIP's PyTorch port and FORCE's. So "up" keeps 91 of 100 weights at a density of 0.9, since 1 - 0.9 is a
+little less than 0.1.
+"""
+
+
+def check_rounding(rounding: str) -> None:
+    """Refuses what is not one of `ROUNDINGS`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if rounding not in ROUNDINGS:
+        raise unknown_name("rounding", rounding, ROUNDINGS)
+
+
+def budget(density: float, total: int, rounding: str = "nearest") -> int:
+    """The number of weights that a density keeps: density x total, rounded.
+
+    Args:
+        density: Share to keep, (0, 1].
+        total: Prunable weights.
+        rounding: "nearest" (halves to the even number), "up" or "down"; see `ROUNDINGS`.
 
     Raises:
         BudgetError: that is no weight at all.
+        ConfigError: no such rounding.
     """
-    keep = round(density * total)
+    check_rounding(rounding)
+    keep = ROUNDINGS[rounding](density, total)
     if keep < 1:
         raise BudgetError(
             f"A density of {density:g} keeps none of {total:,} prunable weights; the least is {1 / total:g}."

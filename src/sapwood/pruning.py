@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sapwood import schedules
-from sapwood.allocation import Allocation, allocation, budget
+from sapwood.allocation import Allocation, allocation, budget, check_rounding
 from sapwood.batches import Data
 from sapwood.coverage import Coverage
 from sapwood.errors import MaskError, SapwoodWarning, ScoreError
@@ -25,7 +25,11 @@ Scores = dict[str, Tensor]
 
 
 class Criterion(Protocol):
-    """What scores weights: a pure function, usually a frozen dataclass whose fields are the hyper-parameters."""
+    """What scores weights: a pure function, usually a frozen dataclass whose fields are the hyper-parameters.
+
+    One that looks at no batches has an attribute `needs_data = False`, so that commands do without a data set; whoever
+    says nothing is given batches.
+    """
 
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> Scores:
         """One finite score for every entry of `masks`, by name; **higher = keep**."""
@@ -43,6 +47,8 @@ class Method:
         allocation: Which weights a budget keeps: "global", "uniform", "uniform+", "erk", masks, or densities by name.
         regrow: Whether a pruned weight may return in a later round (FORCE).
         invert: Keep the lowest scores instead of the highest, in every round: a sanity check (Frankle et al. 2021).
+        rounding: How the density after a round becomes a number of weights: "nearest", "up" or "down"; the latter two
+            are for bit-equal reproductions of authors' code (see `allocation.ROUNDINGS`).
     """
 
     criterion: Criterion
@@ -51,15 +57,22 @@ class Method:
     allocation: str | Masks | Mapping[str, float] | Allocation = "global"
     regrow: bool = False
     invert: bool = False
+    rounding: str = "nearest"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the criterion may look at batches: it does unless it says otherwise."""
+        return bool(getattr(self.criterion, "needs_data", True))
 
     def __post_init__(self) -> None:
         """Refuses what no search could begin with.
 
         Raises:
-            ConfigError: an unknown schedule or allocation, or a number of rounds out of range.
+            ConfigError: an unknown schedule, allocation or rounding, or a number of rounds out of range.
         """
         schedules.check(self.schedule, self.rounds)
         allocation(self.allocation)
+        check_rounding(self.rounding)
 
     def run(
         self,
@@ -106,7 +119,7 @@ class Found(NamedTuple):
 class Procedure(Protocol):
     """Whatever `prune` can run: a `Method`, or a frozen dataclass with a loop of its own, which may return weights.
 
-    Its fields are its hyper-parameters, settable like a method's.
+    Its fields are its hyper-parameters, settable like a method's. `needs_data = False` as in `Criterion`.
     """
 
     def run(
@@ -120,7 +133,7 @@ class Procedure(Protocol):
         on_round: OnRound | None = None,
         within: Masks | None = None,
     ) -> Found:
-        """Masks that keep exactly round(density x prunable weights), all of them among those of `within`."""
+        """Masks that keep exactly `budget(density, prunable weights)`, all of them among those of `within`."""
         ...
 
 
@@ -218,7 +231,7 @@ def iterate(
         within: Masks to begin from: what they prune stays pruned, and the schedule starts at their density.
 
     Returns:
-        Masks that keep exactly round(density x total) weights, and the history.
+        Masks that keep exactly density x total weights, rounded as the method says, and the history.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -227,7 +240,7 @@ def iterate(
     allocate = allocation(method.allocation, min_per_layer)
     first = masks = starting_masks(net, within)
     history: list[Round] = []
-    budgets = stages(method.schedule, density, method.rounds, first)
+    budgets = stages(method.schedule, density, method.rounds, first, method.rounding)
     if budgets[-1][1] == first.kept:
         return first, ()
     for index, (target, keep) in enumerate(budgets, start=1):
@@ -260,12 +273,14 @@ def starting_masks(net: FunctionalModel, within: Masks | None) -> Masks:
     return Masks({name: within[name].to(weight.device) for name, weight in net.weights.items()})
 
 
-def stages(schedule: str, density: float, rounds: int, first: Masks) -> list[tuple[float, int]]:
+def stages(
+    schedule: str, density: float, rounds: int, first: Masks, rounding: str = "nearest"
+) -> list[tuple[float, int]]:
     """Density and weights kept after each round, from those of `first` down to `density`."""
     begin = first.density
     parts = densities(schedule, min(1.0, density / begin), rounds)
     targets = [*(begin * part for part in parts[:-1]), density]
-    return [(target, budget(target, first.total)) for target in targets]
+    return [(target, budget(target, first.total, rounding)) for target in targets]
 
 
 def warn_of_collapse(masks: Masks) -> None:

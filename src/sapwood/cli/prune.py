@@ -15,7 +15,7 @@ from sapwood.experiments import terminal
 from sapwood.experiments.config import Place
 from sapwood.experiments.environment import device_of
 from sapwood.experiments.fields import parse_fields
-from sapwood.experiments.search import Shape, search, subject
+from sapwood.experiments.search import Shape, asking_for_data, needs_batches, refuse_without_data, search, subject
 from sapwood.methods import find, prunable
 
 
@@ -77,15 +77,14 @@ class Prune:
             density = target_density(*asked)
         if not self.dry_run:
             out = self._target()
+            if self.data is None:
+                refuse_without_data(self.method, fields)
         built = subject(
             self.model,
             self.shape,
             data_name=self.data,
             place=self.place,
-            # A dry run scores nothing and so needs no labels.
-            method="random" if self.dry_run else self.method,
-            fields=fields,
-            per_class=self.per_class,
+            per_class=self.per_class if not self.dry_run and needs_batches(self.method, fields) else None,
             seed=self.seed,
         )
         if self.dry_run:
@@ -94,7 +93,7 @@ class Prune:
         out.parent.mkdir(parents=True, exist_ok=True)
         built.model.to(device)
         rounds = fields.get("rounds", getattr(find(self.method)[1], "rounds", 1))
-        with terminal.progress() as bar:
+        with terminal.progress() as bar, asking_for_data(self.method, self.data):
             task = bar.add_task(f"{self.method}, rounds", total=rounds)
             result = search(
                 built,

@@ -61,9 +61,7 @@ class Show:
             self.shape,
             data_name=self.data,
             place=self.place,
-            method="random",  # which needs no labels
-            fields={},
-            per_class=1,
+            per_class=None,
             seed=self.seed,
         )
         return diagnose(built.model, masks, input_shape=built.input_shape, seed=self.seed)

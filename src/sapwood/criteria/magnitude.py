@@ -23,6 +23,8 @@ from sapwood.masks import Masks
 class Magnitude:
     """The absolute value of every weight."""
 
+    needs_data = False
+
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight."""
         return {name: weight.abs() for name, weight in net.weights.items()}

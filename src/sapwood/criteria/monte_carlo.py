@@ -54,6 +54,11 @@ class MonteCarlo(ABC):
         if self.layout not in LAYOUTS:
             raise unknown_name("layout", self.layout, LAYOUTS)
 
+    @property
+    def needs_data(self) -> bool:
+        """Gaussian inputs need their shape only."""
+        return not self.random_inputs
+
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight; pruned ones get a score of no meaning, which the loop ignores."""
         total = {name: torch.zeros_like(weight) for name, weight in net.weights.items()}

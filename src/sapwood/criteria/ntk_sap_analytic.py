@@ -57,6 +57,7 @@ class NtkSapAnalytic:
     positions: str = "full"
     epsilon: float = 1e-4
     average_taps: bool = False
+    needs_data = False
 
     def __post_init__(self) -> None:
         if self.noise not in NOISES:

@@ -20,6 +20,8 @@ from sapwood.masks import Masks
 class Random:
     """One uniform draw for every weight."""
 
+    needs_data = False
+
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight."""
         return {

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sapwood.batches import Batch, Data, classes_last, target_of
-from sapwood.criteria.channels import pooled
+from sapwood.criteria.channels import pooled, refuse_without_scale
 from sapwood.errors import DataError, unknown_name
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
@@ -53,14 +53,20 @@ class Skeletonization:
             raise unknown_name("error", self.error, ERRORS)
 
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
-        """Scores every weight, pruned ones by what is left of their unit."""
+        """Scores every weight, pruned ones by what is left of their unit.
+
+        Raises:
+            UnsupportedModelError: a norm takes out what an attention does, as behind a depthwise convolution.
+        """
         effective = masks.apply(net.weights)
         total = {name: torch.zeros_like(weight) for name, weight in effective.items()}
         for batch, count in self._counted(net, data):
             leaves = net.leaves(masks)
             for name, gradient in net.differentiate(self._error(net, leaves, batch) * count, leaves).items():
                 total[name] -= effective[name] * gradient
-        return pooled(net, net.summed(total), inputs=True)
+        total = net.summed(total)
+        refuse_without_scale(net, total, inputs=True)
+        return pooled(net, total, inputs=True)
 
     def _counted(self, net: FunctionalModel, data: Data) -> Iterable[tuple[Batch, float]]:
         batches = data.labelled()

@@ -12,7 +12,9 @@ BatchNorm normalises with its running statistics (in train mode the law fails).
 Departures from the authors' code: nothing is written into the model (the code takes `abs_` of its whole state dict
 and multiplies signs back); running means are taken as zero (a trained network's would turn the flow negative); and
 what is not a positive linear flow is made one, or refused, see `sapwood.flow.positive`. On an untrained ReLU network
-with BatchNorm the scores are the code's. The premise is checked on what was computed, see `sapwood.flow.premise`.
+with BatchNorm the scores are the code's, to the bit in float64. The premise is checked on what was computed, see
+`sapwood.flow.premise`. The code rounds the number of kept weights up, ours is the nearest: `rounding="up"` keeps its
+masks through all rounds (see `allocation`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from sapwood.witness.rows import shortened
 @dataclass(frozen=True)
 class SynFlow:
     """|w| dR/d|w|."""
+
+    needs_data = False
 
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight; pruned ones get 0 through the mask."""

@@ -27,6 +27,8 @@ from sapwood.masks import Masks
 class SynFlowL2:
     """w^2 dR/d(w^2)."""
 
+    needs_data = False
+
     def __call__(self, net: FunctionalModel, masks: Masks, data: Data, generator: torch.Generator) -> dict[str, Tensor]:
         """Scores every weight; pruned ones get 0 through the mask."""
         return flow_scores(net, masks, data, torch.square)

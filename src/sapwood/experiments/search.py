@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,13 +14,12 @@ from torch import nn
 from sapwood import data, models
 from sapwood.batches import Batch
 from sapwood.checks import Count, Rule
-from sapwood.errors import ConfigError
+from sapwood.errors import ConfigError, DataError
 from sapwood.experiments import cost
 from sapwood.experiments.config import Place
 from sapwood.experiments.material import initialised, load_data
 from sapwood.masks import Masks
-from sapwood.methods import LABELLED, METHODS, ON_INPUTS, prune
-from sapwood.methods.table import settings
+from sapwood.methods import METHODS, configured, find, prune
 from sapwood.pruning import Result, Round
 
 
@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at its initial weights, one sample's shape, and labelled batches where a method wants them."""
+    """A model at its initial weights, one sample's shape, and labelled batches if a data set is there and wanted."""
 
     model: nn.Module
     input_shape: tuple[int, ...]
@@ -65,20 +65,23 @@ def subject(
     *,
     data_name: str | None,
     place: Place,
-    method: str,
-    fields: Mapping[str, Any],
-    per_class: int,
+    per_class: int | None,
     seed: int,
 ) -> Subject:
     """Builds the model for the data set, or for the given shape.
 
+    Args:
+        model: The model's name.
+        shape: What the model is built for, in the absence of data.
+        data_name: The data set's name, or None.
+        place: Where the data are.
+        per_class: Training images of each class for the batches; None: no batches.
+        seed: Of the initial weights and of the choice of images.
+
     Raises:
-        ConfigError: an unknown name, a shape that contradicts the data, or labels are needed and no data is named.
+        ConfigError: an unknown name, or a shape that contradicts the data.
     """
     if data_name is None:
-        if needs_batches(method, fields) and method in METHODS:
-            legal = ", ".join(data.names())
-            raise ConfigError(f"Method {method!r} scores on images of a data set: add --data NAME, NAME of {legal}.")
         return Subject(*_built(model, shape, seed), None)
     dataset = load_data(data_name, None, place)
     wanted = Shape(dataset.num_classes, dataset.input_shape[0], dataset.input_shape)
@@ -87,15 +90,46 @@ def subject(
         if given not in (None, found):
             flag = "--" + field.name.replace("_", "-")
             raise ConfigError(f"{flag} is {given}, but the data set {data_name!r} has {found}: leave one of them out.")
-    batches = data.pruning_batches(dataset, per_class=per_class, seed=seed) if needs_batches(method, fields) else None
+    batches = None
+    if per_class is not None:
+        batches = data.pruning_batches(dataset, per_class=per_class, seed=seed)
     return Subject(*_built(model, wanted, seed), batches)
 
 
 def needs_batches(method: str, fields: Mapping[str, Any]) -> bool:
-    """Whether a method is given batches: those that score on them, and, since they may, those of other people."""
-    if method in (*LABELLED, *ON_INPUTS) or method not in METHODS:
-        return True
-    return {**settings(METHODS[method]), **fields}.get("random_inputs") is False
+    """Whether a method is given batches: every one is that does not say `needs_data = False`."""
+    name, found = find(method)
+    return bool(getattr(configured(name, found, dict(fields)), "needs_data", True))
+
+
+def refuse_without_data(method: str, fields: Mapping[str, Any]) -> None:
+    """Refuses a method of the table that looks at data, where there are none; other people's are left to find out.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if method in METHODS and needs_batches(method, fields):
+        raise _no_data(method)
+
+
+@contextmanager
+def asking_for_data(method: str, data_name: str | None) -> Iterator[None]:
+    """Inside, a method that asks for batches where no data set is named is refused in the command's words.
+
+    Raises:
+        ConfigError: it is.
+    """
+    try:
+        yield
+    except DataError as error:
+        if data_name is not None:
+            raise
+        raise _no_data(method) from error
+
+
+def _no_data(method: str) -> ConfigError:
+    legal = ", ".join(data.names())
+    return ConfigError(f"Method {method!r} scores on images of a data set: add --data NAME, NAME of {legal}.")
 
 
 def search(

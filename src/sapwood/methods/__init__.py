@@ -3,13 +3,11 @@
 from sapwood.methods.check import ScoreCheck, check_score
 from sapwood.methods.front import prunable, prune
 from sapwood.methods.imp import imp, level_densities
-from sapwood.methods.table import AFTER_TRAINING, LABELLED, METHODS, ON_INPUTS, configured, find
+from sapwood.methods.table import AFTER_TRAINING, METHODS, configured, find
 
 __all__ = [
     "AFTER_TRAINING",
-    "LABELLED",
     "METHODS",
-    "ON_INPUTS",
     "ScoreCheck",
     "check_score",
     "configured",

@@ -92,13 +92,14 @@ def prune(  # noqa: PLR0913  # the front door: every argument but the model is a
             mini-batches among them.
         diagnosed: Also probe what the masks leave of the network (`Result.diagnosis`: weights on no path, dead and
             bottleneck units, paths, gradients), which needs an input shape or batches.
-        **fields: Fields of the method (rounds, schedule, allocation, regrow, invert) and of its criterion (for NTK-SAP:
-            resamples, samples, batch_size, epsilon, fresh_weights, random_inputs, layout, merged_statistics,
-            chunk_size).
+        **fields: Fields of the method (rounds, schedule, allocation, regrow, invert, rounding) and of its criterion
+            (for NTK-SAP: resamples, samples, batch_size, epsilon, fresh_weights, random_inputs, layout,
+            merged_statistics, chunk_size).
 
     Returns:
-        Masks that keep exactly round(density x prunable weights), the history, seconds and seed; and new weights, where
-        the method changes them (`params`; `load_into` writes them into a model).
+        Masks that keep exactly density x prunable weights, rounded to the nearest number (or as `rounding` says), the
+        history, seconds and seed; and new weights, where the method changes them (`params`; `load_into` writes them
+        into a model).
 
     Raises:
         BudgetError: the budget cannot be met, or not exactly one of the three words is given.

@@ -52,13 +52,6 @@ METHODS: dict[str, Procedure] = {
     "obs": Obs(),
 }
 
-LABELLED = ("snip", "iter-snip", "force", "grasp", "prospr", "taylor", "obd", "skeletonization", "obs")
-"""The methods that need labelled batches."""
-
-ON_INPUTS = ("px",)
-"""The methods that need batches, labelled or not; all further ones need an input's shape at most."""
-
-
 AFTER_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude-after": ("magnitude", {"retrain": "fine-tune"}),  # Han et al. 2015
     "imp": ("magnitude", {"retrain": "rewind-weights", "rate": 0.2}),  # Frankle & Carbin 2019, Frankle et al. 2020
