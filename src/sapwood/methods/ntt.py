@@ -128,7 +128,7 @@ class Ntt:
             return Found(first, ())
         masks, history = first, list[Round]()
         student = Student(self, net.held(), data, density, generator)
-        with twice_differentiable(net, student.draw()):
+        with twice_differentiable(net, student.next_batch()):
             for index in range(1, self.rounds + 1):
                 begin = time.perf_counter()
                 masks = allocate({name: student.params[name].abs() for name in net.prunable}, first, keep)
@@ -175,6 +175,13 @@ class Student:
             return self.inputs[which]
         order = torch.randperm(size(self.inputs[which]), generator=self.generator, device=device)
         return taken(self.inputs[which], order[:count])
+
+    def next_batch(self) -> Batch:
+        """The mini-batch that `draw` gives next."""
+        state = self.generator.get_state()
+        batch = self.draw()
+        self.generator.set_state(state)
+        return batch
 
     def signs(self, batch: Batch, count: int) -> Tensor:
         """Probe vectors of the outputs' shape, each entry 1 or -1."""

@@ -57,8 +57,11 @@ def opened(model: nn.Module, data: Data, *, masked: Iterable[str] | None = None,
     few, enough = _samples(data, net)
     try:
         return _looked_at(net, model, few, names)
-    except ForwardError:  # a model that wants its batch whole, or one sample at a time
-        return _looked_at(net, model, enough, names)
+    except ForwardError as failed:
+        try:  # a model that wants its batch whole, or one sample at a time
+            return _looked_at(net, model, enough, names)
+        except ForwardError:
+            raise failed from None
 
 
 def _looked_at(net: FunctionalModel, model: nn.Module, batch: Batch, names: tuple[str, ...]) -> FunctionalModel:
