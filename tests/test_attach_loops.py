@@ -128,7 +128,7 @@ calm = settings(deadline=None, derandomize=True, suppress_health_check=list(Heal
 
 
 @pytest.mark.trap(60)
-@settings(calm, max_examples=100)
+@settings(calm, max_examples=70)
 @drawn(set(OPTIMIZERS) - COMPILED)
 def test_training_loops_drawn_at_random(**drawing) -> None:
     trained_alike(**drawing)
