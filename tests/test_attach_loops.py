@@ -135,7 +135,8 @@ def test_training_loops_drawn_at_random(**drawing) -> None:
 
 
 @pytest.mark.slow
-@settings(calm, max_examples=2000)
+@pytest.mark.timeout(900)
+@settings(calm, max_examples=800)
 @drawn(OPTIMIZERS)
 def test_many_training_loops_drawn_at_random(**drawing) -> None:
     trained_alike(**drawing)
