@@ -9,6 +9,7 @@ median of the differences within pairs over the median step without masks.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, writes the JSON after every network, and its table at the end."""
     chosen = parser().parse_args(arguments)
     torch.set_num_threads(1)
-    out, rows = Path(chosen.out), []
+    out = Path(chosen.out)
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if chosen.append else []
     for name in chosen.models:
         for optimizer in chosen.optimizers:
             for size in chosen.batch_sizes:
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     told.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     told.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 128])
     told.add_argument("--repeats", type=int, default=40)
+    told.add_argument("--append", action="store_true", help="add to the measurements that OUT has")
     told.add_argument("--out", default="benchmarks/results/training_step.json")
     return told
 

@@ -128,14 +128,15 @@ calm = settings(deadline=None, derandomize=True, suppress_health_check=list(Heal
 
 
 @pytest.mark.trap(60)
-@settings(calm, max_examples=100)
+@settings(calm, max_examples=70)
 @drawn(set(OPTIMIZERS) - COMPILED)
 def test_training_loops_drawn_at_random(**drawing) -> None:
     trained_alike(**drawing)
 
 
 @pytest.mark.slow
-@settings(calm, max_examples=2000)
+@pytest.mark.timeout(900)
+@settings(calm, max_examples=800)
 @drawn(OPTIMIZERS)
 def test_many_training_loops_drawn_at_random(**drawing) -> None:
     trained_alike(**drawing)

@@ -128,11 +128,11 @@ def attach(
 ) -> Attachment:
     """Zeroes the pruned weights of `model`, which from then on keeps them at zero, whatever trains it.
 
-    Pruned weights are zero in every forward pass, after every step of an optimizer, in every state dict, and in copies
-    of the model; their gradients are zero before they are accumulated, clipped or given to an optimizer; what the
-    optimizer knows of them (momentum, slow copies) is zeroed. docs/guarantees.md says what holds when.
+    Pruned weights are zero in every forward pass, after every step, in every state dict, and in copies of the model;
+    their gradients are zero before anything sees them, and so is what the optimizer knows of them (momentum, slow
+    copies). docs/guarantees.md says what holds when. Wrappers of models (DDP, FSDP2, torch.compile) and of optimizers
+    (accelerate, Lookahead, SAM) are seen through.
 
-    Wrappers of models (DDP, FSDP2, torch.compile) and of optimizers (accelerate, Lookahead, SAM) are seen through.
     Masks of a parameter that is attached already are replaced by the new ones; other parameters keep theirs.
 
     Args:
@@ -148,9 +148,9 @@ def attach(
     Raises:
         MaskError: the masks do not fit the model, or no optimizer holds a masked parameter that requires grad.
     """
-    found = masks if isinstance(masks, Masks) else _result(masks)
+    result = None if isinstance(masks, Masks) else _result(masks)
     names = Names.of(model)
-    chosen = names.fit(found if isinstance(found, Masks) else found.masks, strict=strict)
+    chosen = names.fit(masks if isinstance(masks, Masks) else masks.masks, strict=strict)
     parameters = {name: names.parameters[name] for name in chosen}
     optimizers = with_inner(_optimizers(optimizer))
     owners = _owners(parameters, model)
@@ -158,8 +158,8 @@ def attach(
         _check_held(parameters, optimizers)
     _check_free(parameters, owners)
 
-    if not isinstance(found, Masks) and found.params is not None:
-        _load(found, model, parameters)
+    if result is not None and result.params is not None:
+        _load(result, model, parameters)
     for _, module, leaf, _ in owners:
         _release(module, leaf)
     attachment = Attachment(model, [_placed(chosen[owner[0]], *owner) for owner in owners], by_hand=optimizer is None)

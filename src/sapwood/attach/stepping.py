@@ -36,13 +36,14 @@ def watch_all_optimizers() -> None:
 
 def before_step(optimizer: Any, *_: Any) -> None:
     """Masks gradients that something other than a backward pass wrote, and a state that is new."""
-    for parameter, mask in masked(optimizer):
+    found = list(masked(optimizer))
+    for parameter, mask in found:
         mask.held = True
         if mask.is_compiled and parameter._version != mask.version:
             _check_unwritten(parameter, mask)
         if parameter.grad is not None:
             mask.pruned.zero_(parameter.grad.data)
-    if _clean_states.get(optimizer) is not getattr(optimizer, "state", None):
+    if found and _clean_states.get(optimizer) is not getattr(optimizer, "state", None):
         zero_state(optimizer)
 
 
