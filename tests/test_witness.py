@@ -623,3 +623,43 @@ def test_the_look_leaves_no_trace():
     assert_untouched(model, before)
     assert torch.equal(luck, torch.get_rng_state()) and modes == [m.training for m in model.modules()]
     assert [n for n, _ in model.named_modules()] == [n for n, _ in twin.named_modules()]
+
+
+# Found by tests/test_any_model.py.
+
+
+class Product(nn.Linear):
+    """A square weight that is rearranged before it is applied, so that its shape does not tell."""
+
+    def __init__(self, move):
+        super().__init__(6, 6)
+        self.move = move
+
+    def forward(self, x):
+        return self.move(x, self.weight)
+
+
+REARRANGED = {
+    "transposed": lambda x, w: x @ w.T,
+    "transposed and scaled": lambda x, w: x @ (w / w.norm()).t(),
+    "addmm": lambda x, w: torch.addmm(x, x, w.t()),
+    "flipped": lambda x, w: F.linear(x, w.flip(0, 1)),
+    "rolled": lambda x, w: F.linear(x, w.roll(1, 0)),
+    "shuffled": lambda x, w: F.linear(x, w[torch.tensor([3, 1, 0, 2, 5, 4])]),
+    "as a kernel": lambda x, w: F.conv1d(x[:, :, None], w.t()[:, :, None])[:, :, 0],
+}
+
+
+@pytest.mark.trap(41)
+@pytest.mark.parametrize("kind", REARRANGED)
+def test_a_square_weight_may_be_rearranged(kind):
+    model = nn.Sequential(Product(REARRANGED[kind]), nn.Tanh(), nn.Linear(6, 3))
+    assert sapwood.prune(model, method="snip", sparsity=0.5, batches=batches()).masks.kept == 27
+
+
+@pytest.mark.trap(41)
+@pytest.mark.parametrize("add", [lambda w: w.t() + 0.1, lambda w: w.flip(0) - w.mean(), lambda w: w.t() + w])
+def test_a_rearranged_weight_whose_zeros_are_lost_is_refused(add):
+    model = nn.Sequential(Product(lambda x, w: x @ add(w)), nn.Tanh(), nn.Linear(6, 3))
+    with pytest.raises(UnsupportedModelError, match="Zeros in the parameter '0.weight'"):
+        sapwood.prune(model, method="random", sparsity=0.5, batches=batches())
