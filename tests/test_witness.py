@@ -663,3 +663,37 @@ def test_a_rearranged_weight_whose_zeros_are_lost_is_refused(add):
     model = nn.Sequential(Product(lambda x, w: x @ add(w)), nn.Tanh(), nn.Linear(6, 3))
     with pytest.raises(UnsupportedModelError, match="Zeros in the parameter '0.weight'"):
         sapwood.prune(model, method="random", sparsity=0.5, batches=batches())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["snip", "obd", "ntk-sap", "synflow"])
+def test_statistics_in_half_precision_follow_their_weights(dtype, method):
+    """A BatchNorm of float32 weights and half statistics is one that torch does not run."""
+    half = base().to(dtype)
+    fields = {"method": method, "sparsity": 0.5, "batches": [(ROWS.to(dtype), LABELS)]}
+    before = state_of(half)
+    found = sapwood.prune(half, **fields).masks
+    assert_untouched(half, before)
+    assert found == sapwood.prune(copy.deepcopy(half).float(), **fields).masks
+
+
+class Counting(nn.Module):
+    """A forward that counts its passes in an integer buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.passes += 1
+        return self.fc(x)
+
+
+@pytest.mark.trap(42)
+@pytest.mark.parametrize("method", ["synflow", "synflow-l2", "px", "snip", "ntk-sap", "obd"])
+def test_a_pass_counts_in_no_buffer_of_the_user(method):
+    model = Counting()
+    before = state_of(model)
+    sapwood.prune(model, method=method, sparsity=0.5, batches=batches())
+    assert_untouched(model, before)

@@ -64,7 +64,7 @@ class FunctionalModel:
     Attributes:
         module: The tensor-free copy that is run.
         params: Copies of all parameters by name, float32 or float64, so that no forward can reach the user's own.
-        buffers: All buffers by name. Never written to.
+        buffers: Copies of all buffers by name, in no less than float32 either. Never written to.
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
         layout: Dimensions of the channels of every prunable weight.
@@ -136,7 +136,7 @@ class FunctionalModel:
         return cls(
             module=_Runner(copy, forward),
             params=params,
-            buffers={name: buffer.detach() for name, buffer in model.named_buffers()},
+            buffers={name: _widened(buffer.detach().clone()) for name, buffer in model.named_buffers()},
             prunable=prunable,
             fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight},
             layout={w.name: w.layout for w in weights if w.name in prunable},
@@ -376,6 +376,11 @@ def _readable(weight: Weight) -> Tensor:
     tensor = weight.tensor.detach().clone()
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise ScoreError(f"The parameter {weight.name!r} holds NaN or infinite values; nothing can be scored with it.")
+    return _widened(tensor)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In no less than float32; a BatchNorm's statistics must not stay behind its weights."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
