@@ -697,3 +697,10 @@ def test_a_pass_counts_in_no_buffer_of_the_user(method):
     before = state_of(model)
     sapwood.prune(model, method=method, sparsity=0.5, batches=batches())
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("method", ["obd", "obs", "synflow"])
+def test_a_norm_without_statistics_of_one_sample_says_so(method):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedModelError, match=r"none of a single sample.*running statistics.*'snip'"):
+        sapwood.prune(model, method=method, sparsity=0.5, batches=batches())

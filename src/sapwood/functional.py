@@ -188,8 +188,7 @@ class FunctionalModel:
             raise
         except Exception as error:
             raise UnsupportedModelError(
-                f"The model failed on an input of {_describe(inputs_of(batch))}: {error}. (input_shape is one sample's "
-                "shape without the batch; batches are (input, target) or a mapping of keyword arguments.)"
+                f"The model failed on an input of {_describe(inputs_of(batch))}: {error}. ({_hint(error)})"
             ) from error
 
     def outputs(self, params: Mapping[str, Tensor], batch: Batch, **options: Any) -> Tensor:
@@ -420,6 +419,18 @@ def _is_scale(name: str, parameter: Tensor) -> bool:
 def _is_small_constant(parameter: Tensor) -> bool:
     first = parameter.flatten()[0]
     return bool(first.abs() <= 0.1) and bool((parameter == first).all())
+
+
+def _hint(error: Exception) -> str:
+    if "more than 1 value per channel" in str(error):
+        return (
+            "A norm that takes its statistics from the batch has none of a single sample, which is what this method "
+            "runs: give the norm running statistics, use larger batches, or take another method, such as 'snip'."
+        )
+    return (
+        "input_shape is one sample's shape without the batch; batches are (input, target) or a mapping of keyword "
+        "arguments."
+    )
 
 
 def _describe(inputs: Batch) -> str:
