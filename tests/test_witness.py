@@ -704,3 +704,11 @@ def test_a_norm_without_statistics_of_one_sample_says_so(method):
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(UnsupportedModelError, match=r"none of a single sample.*running statistics.*'snip'"):
         sapwood.prune(model, method=method, sparsity=0.5, batches=batches())
+
+
+@pytest.mark.trap(47)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_tangents_of_recomputing_models_are_refused_in_words(reentrant):
+    with pytest.raises(UnsupportedModelError, match=r"set_grad_checkpointing\(False\)"):
+        sapwood.prune(Checkpointed(reentrant), method="ntt", sparsity=0.5, batches=batches(), rounds=1, interval=1)
