@@ -712,3 +712,9 @@ def test_a_norm_without_statistics_of_one_sample_says_so(method):
 def test_tangents_of_recomputing_models_are_refused_in_words(reentrant):
     with pytest.raises(UnsupportedModelError, match=r"set_grad_checkpointing\(False\)"):
         sapwood.prune(Checkpointed(reentrant), method="ntt", sparsity=0.5, batches=batches(), rounds=1, interval=1)
+
+
+def test_forward_mode_names_the_way_out_where_a_layer_writes():
+    model = nn.Sequential(nn.EmbeddingBag(10, 4, max_norm=1.0), nn.Linear(4, 3))
+    with pytest.raises(UnsupportedModelError, match=r"method='ntk-sap'"):
+        sapwood.prune(model, method="ntk-sap-jvp", sparsity=0.5, batches=batches(torch.randint(0, 10, (8, 5))))
