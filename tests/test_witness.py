@@ -718,3 +718,35 @@ def test_forward_mode_names_the_way_out_where_a_layer_writes():
     model = nn.Sequential(nn.EmbeddingBag(10, 4, max_norm=1.0), nn.Linear(4, 3))
     with pytest.raises(UnsupportedModelError, match=r"method='ntk-sap'"):
         sapwood.prune(model, method="ntk-sap-jvp", sparsity=0.5, batches=batches(torch.randint(0, 10, (8, 5))))
+
+
+class OpenNormed(Custom):
+    """It does not take a single sample."""
+
+    def __init__(self, square):
+        super().__init__(square)
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+
+    def forward(self, x):
+        return self.b(self.square(self.norm(self.a(x))))
+
+
+class InFloat(Custom):
+    """It does not run in float64."""
+
+    def forward(self, x):
+        return F.linear(self.square(self.a(x)).float(), self.b.weight, self.b.bias)
+
+
+@pytest.mark.trap(45)
+@pytest.mark.parametrize("kind", [OpenNormed, InFloat])
+@pytest.mark.parametrize("method", ["grasp", "prospr"])
+def test_second_derivatives_are_looked_at_however_the_model_runs(kind, method):
+    for function in (Detached, Numpy):
+        with pytest.raises(UnsupportedModelError, match=r"Second derivatives|not be differentiated|twice"):
+            sapwood.prune(kind(function.apply), method=method, sparsity=0.5, batches=batches())
+    one, other = (
+        sapwood.prune(kind(square), method=method, sparsity=0.5, batches=batches()).masks
+        for square in (Twice.apply, lambda x: x * x)
+    )
+    assert one == other
