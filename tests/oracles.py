@@ -93,9 +93,12 @@ class Case:
                 buffer.data = buffer.data.float()
         return copied
 
-    def dtype(self, masks: Mapping[str, Tensor]) -> torch.dtype:
-        held = dict(self.model.named_parameters())[next(iter(masks))].dtype
-        return torch.float32 if held in HALVES else held
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs as they come, but no less than float32."""
+        given = inputs_of(self.batches[0])
+        tensors = [t for t in (given.values() if isinstance(given, dict) else [given]) if t.is_floating_point()]
+        return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def named(model: nn.Module, names: Mapping[str, Any]) -> Named:
@@ -154,7 +157,7 @@ def summed_gradient(case: Case, turn: Turn, temperature: float = 1.0) -> Named:
     leaves = named(model, turn.masks)
     total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for batch in case.batches:
-        batch = cast(batch, case.dtype(turn.masks))
+        batch = cast(batch, case.dtype)
         loss = mean_loss(model, batch, temperature) * len(target_of(batch))
         for name, g in gradient(loss, leaves).items():
             total[name] = total[name] + g
@@ -178,7 +181,7 @@ def grasp(case: Case, turn: Turn) -> Named:
         leaves = named(model, turn.masks)
         scores = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         for batch in case.batches:
-            batch = cast(batch, case.dtype(turn.masks))
+            batch = cast(batch, case.dtype)
             loss = mean_loss(model, batch, 200.0) * len(target_of(batch))
             first = gradient(loss, leaves, create_graph=True)
             slope = sum((first[name] * direction[name]).sum().double() for name in leaves)
@@ -193,7 +196,7 @@ def taylor(case: Case, turn: Turn) -> Named:
     leaves = named(model, turn.masks)
     total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for batch in case.batches:
-        for name, g in gradient(mean_loss(model, cast(batch, case.dtype(turn.masks))), leaves).items():
+        for name, g in gradient(mean_loss(model, cast(batch, case.dtype)), leaves).items():
             total[name] = total[name] + (leaves[name].detach() * g).square()
     return total
 
@@ -202,7 +205,7 @@ def obd(case: Case, turn: Turn) -> Named:
     """Squared gradients of single samples, BatchNorm at the statistics of the sample's batch."""
     total = {name: torch.zeros_like(w) for name, w in named(case.copy(), turn.masks).items()}
     for batch in case.batches:
-        batch = cast(batch, case.dtype(turn.masks))
+        batch = cast(batch, case.dtype)
         model = statistics_of_the_batch(case.copy(turn.masks))
         with torch.no_grad():
             logits(model, inputs_of(batch))
@@ -224,7 +227,7 @@ def skeletonization(case: Case, turn: Turn) -> Named:
     leaves = named(model, turn.masks)
     total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for batch in case.batches:
-        batch = cast(batch, case.dtype(turn.masks))
+        batch = cast(batch, case.dtype)
         output = logits(model, inputs_of(batch))
         error = (F.one_hot(target_of(batch), output.shape[1]) - output.softmax(1)).abs().sum()
         for name, g in gradient(error, leaves).items():
@@ -281,7 +284,7 @@ def ntk_sap(samples: int) -> Callable[[Case, Turn], Named]:
         generator.set_state(turn.draws)
         model = case.copy()
         fresh = _fresh(model, turn.masks, generator)
-        inputs = _noise(inputs_of(case.batches[0]), samples, case.dtype(turn.masks), generator)
+        inputs = _noise(inputs_of(case.batches[0]), samples, case.dtype, generator)
         step = {n: 0.01 * _normal(fresh[n], generator) for n in turn.masks}
 
         clean = case.copy(turn.masks, values=fresh)
@@ -337,7 +340,7 @@ def prospr(case: Case, turn: Turn) -> Named:
     params = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     gates = {name: mask.to(params[name].dtype).requires_grad_() for name, mask in turn.masks.items()}
     weights = params | {name: params[name] * gate for name, gate in gates.items()}
-    batches = [cast(case.batches[i % len(case.batches)], case.dtype(turn.masks)) for i in range(4)]
+    batches = [cast(case.batches[i % len(case.batches)], case.dtype) for i in range(4)]
 
     def loss(values: Named, batch: Any) -> Tensor:
         return mean_loss(_Called(model, values), batch)

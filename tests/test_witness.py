@@ -627,6 +627,9 @@ def test_the_look_leaves_no_trace():
 
 # Found by tests/test_any_model.py.
 
+FEW = {"ntk-sap": {"rounds": 1, "resamples": 1}} | dict.fromkeys(("synflow", "synflow-l2", "px"), {"rounds": 2})
+"""Fields that make the slow methods quick."""
+
 
 class Product(nn.Linear):
     """A square weight that is rearranged before it is applied, so that its shape does not tell."""
@@ -670,7 +673,7 @@ def test_a_rearranged_weight_whose_zeros_are_lost_is_refused(add):
 def test_statistics_in_half_precision_follow_their_weights(dtype, method):
     """A BatchNorm of float32 weights and half statistics is one that torch does not run."""
     half = base().to(dtype)
-    fields = {"method": method, "sparsity": 0.5, "batches": [(ROWS.to(dtype), LABELS)]}
+    fields = {"method": method, "sparsity": 0.5, "batches": [(ROWS.to(dtype), LABELS)], **FEW.get(method, {})}
     before = state_of(half)
     found = sapwood.prune(half, **fields).masks
     assert_untouched(half, before)
@@ -695,7 +698,7 @@ class Counting(nn.Module):
 def test_a_pass_counts_in_no_buffer_of_the_user(method):
     model = Counting()
     before = state_of(model)
-    sapwood.prune(model, method=method, sparsity=0.5, batches=batches())
+    sapwood.prune(model, method=method, sparsity=0.5, batches=batches(), **FEW.get(method, {}))
     assert_untouched(model, before)
 
 
@@ -750,3 +753,40 @@ def test_second_derivatives_are_looked_at_however_the_model_runs(kind, method):
         for square in (Twice.apply, lambda x: x * x)
     )
     assert one == other
+
+
+class Mixed(nn.Module):
+    """Layers in float32 and float64, in either order."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6, dtype=first))
+        self.a, self.b = nn.Linear(6, 8).to(first), nn.Linear(8, 3).to(second)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x * self.scale)).to(self.b.weight.dtype))
+
+
+class Behind(Mixed):
+    """The first layer that is pruned is not the first that is run."""
+
+    def __init__(self, first, second):
+        super().__init__(second, first)
+
+    def forward(self, x):
+        shift = self.b(torch.cat([x, x], 1)[:, :8]).mean(1, keepdim=True)
+        return self.a((x + shift).to(self.a.weight.dtype))
+
+
+@pytest.mark.parametrize("kind", [Mixed, Behind])
+@pytest.mark.parametrize("precisions", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("method", ["snip", "grasp", "ntk-sap", "synflow"])
+def test_the_precision_of_inputs_is_found_by_looking(kind, precisions, method):
+    model = kind(*precisions)
+    whole = copy.deepcopy(model).double()
+    for x in (ROWS, ROWS.double()):
+        fields = {"method": method, "sparsity": 0.5, "batches": batches(x), **FEW.get(method, {})}
+        masks = sapwood.prune(model, **fields).masks
+        if method != "ntk-sap":  # whose draws in float32 are others
+            assert masks == sapwood.prune(whole, **fields).masks
+    assert sapwood.prune(model, method="ntk-sap", sparsity=0.5, input_shape=(6,), rounds=1, samples=4).masks

@@ -75,6 +75,7 @@ class FunctionalModel:
         noise: Whether the forward is random in eval mode.
         derivatives: What is known of its derivatives.
         state: The random state in which every pass begins; None: passes follow each other.
+        input_dtype: Precision of the inputs of a model whose parameters differ in theirs; None: the first prunable one's.
     """
 
     module: _Runner
@@ -91,6 +92,7 @@ class FunctionalModel:
     noise: Noise = Noise.NONE
     derivatives: Derivatives = field(default_factory=Derivatives, repr=False)
     state: RandomState | None = field(default=None, repr=False)
+    input_dtype: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -157,8 +159,8 @@ class FunctionalModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision in which the weights are scored."""
-        return self.params[self.prunable[0]].dtype
+        """Precision in which the weights are scored, and that of inputs."""
+        return self.input_dtype or self.params[self.prunable[0]].dtype
 
     def run(
         self, params: Mapping[str, Tensor], batch: Batch, *, buffers: Params | None = None, train: bool = False
@@ -167,7 +169,7 @@ class FunctionalModel:
 
         Args:
             params: Parameters to replace; the others are the model's own.
-            batch: Any batch; floating-point inputs are cast to the weights' dtype.
+            batch: Any batch; floating-point inputs are cast to the parameters' dtype, or to `dtype` where they differ.
             buffers: Buffers to use (a train-mode pass updates these in place); default: clones of the model's own.
             train: BatchNorm normalises with the batch's statistics. Everything else stays in eval mode (no dropout).
 
@@ -176,12 +178,13 @@ class FunctionalModel:
         """
         for norm in self.norms:
             norm.training = train
-        dtype = params.get(self.prunable[0], self.params[self.prunable[0]]).dtype
         state = {**self.params, **params}
+        kinds = precisions(state)
         state |= {name: state[name].clone() for name in self.written if name not in params}
         state |= self.own_buffers() if buffers is None else buffers
         if self.state is not None:
             self.state.restore()
+        dtype = kinds[0] if len(kinds) == 1 else self.dtype
         try:
             return functional_call(self.module, {f"model.{k}": v for k, v in state.items()}, (cast(batch, dtype),))
         except (SapwoodError, torch.OutOfMemoryError):
@@ -328,6 +331,11 @@ class FunctionalModel:
     def leaves(self, masks: Masks) -> Params:
         """Effective weights w*m as leaves of a new graph."""
         return {name: weight.requires_grad_() for name, weight in masks.apply(self.weights).items()}
+
+
+def precisions(tensors: Params) -> list[torch.dtype]:
+    """Those of floating-point tensors, each once, in order."""
+    return list(dict.fromkeys(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
 
 
 def _refuse_constant(value: Tensor) -> None:

@@ -6,7 +6,8 @@ what reads its first input among them. Seen are
 * weights whose zeros are lost before they are applied, and weights that arrive nowhere (`applied`);
 * a forward that runs on the user's own tensors instead of the copy's: it is stopped before the first such call;
 * a forward that writes into parameters: it gets copies of those in every later pass;
-* a forward that is random: whatever compares passes can hold its noise (`FunctionalModel.held`).
+* a forward that is random: whatever compares passes can hold its noise (`FunctionalModel.held`);
+* which precision of inputs a model takes whose parameters differ in theirs.
 
 Where neither an input shape nor a batch is known, layers are run one by one on inputs of their own (`alone`).
 """
@@ -23,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from sapwood.batches import Batch, Data, cast, small
 from sapwood.errors import UnsupportedModelError
-from sapwood.functional import FunctionalModel, Noise
+from sapwood.functional import FunctionalModel, Noise, precisions
 from sapwood.isolation import RandomState
 from sapwood.masks import clean_name
 from sapwood.witness.alone import look_at_layers
@@ -54,11 +55,20 @@ def opened(model: nn.Module, data: Data, *, masked: Iterable[str] | None = None,
         look_at_layers(model, names)
         return net
 
-    return _looked_at(net, model, _samples(data, net), names)
+    first = net.dtype
+    kinds = sorted(precisions(net.params), key=lambda kind: kind != first)
+    for kind in kinds[:-1]:
+        try:
+            return _looked_at(replace(net, input_dtype=kind), model, data, names)
+        except UnsupportedModelError as error:
+            if error.__cause__ is None:  # not the model's own: it is refused, and ran
+                raise
+    return _looked_at(replace(net, input_dtype=kinds[-1]), model, data, names)
 
 
-def _looked_at(net: FunctionalModel, model: nn.Module, batch: Batch, names: tuple[str, ...]) -> FunctionalModel:
+def _looked_at(net: FunctionalModel, model: nn.Module, data: Data, names: tuple[str, ...]) -> FunctionalModel:
     """The model with what was seen of it."""
+    batch = _samples(data, net)
     pruned = {name: half_pruned(net.params[name]) for name in names}
     weights = {name: masked_like(net.params[name], pruned[name]) for name in names}
     given = {name: tensor.clone() for name, tensor in {**net.params, **weights}.items()}
