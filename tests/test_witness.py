@@ -627,7 +627,7 @@ def test_the_look_leaves_no_trace():
 
 # Found by tests/test_any_model.py.
 
-FEW = {"ntk-sap": {"rounds": 1, "resamples": 1}} | dict.fromkeys(("synflow", "synflow-l2", "px"), {"rounds": 2})
+FEW = {"ntk-sap": {"rounds": 1, "resamples": 1}} | {flow: {"rounds": 2} for flow in ("synflow", "synflow-l2", "px")}
 """Fields that make the slow methods quick."""
 
 

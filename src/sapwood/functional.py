@@ -75,7 +75,7 @@ class FunctionalModel:
         noise: Whether the forward is random in eval mode.
         derivatives: What is known of its derivatives.
         state: The random state in which every pass begins; None: passes follow each other.
-        input_dtype: Precision of the inputs of a model whose parameters differ in theirs; None: the first prunable one's.
+        input_dtype: Precision of the inputs where that of the parameters differs; None: the first prunable one's.
     """
 
     module: _Runner

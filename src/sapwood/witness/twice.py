@@ -3,9 +3,9 @@
 torch's own functions have them, or say that they have not. A custom function may return a gradient that autograd cannot
 follow (numpy, a detach, no_grad in its backward): first derivatives are right then, second ones miss a part, and
 nothing raises. So a model that runs custom functions is held against differences of its first derivatives, on one
-sample, in float64; on the whole batch where it does not take a single sample, and in its own precision where it does not
-run in float64. Where two step sizes do not agree on the difference (kinks in between, exploding activations), nothing is
-concluded.
+sample, in float64; on the whole batch where it does not take a single sample, and in its own precision where it does
+not run in float64. Where two step sizes do not agree on the difference (kinks in between, exploding activations),
+nothing is concluded.
 """
 
 from __future__ import annotations
