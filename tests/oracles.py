@@ -7,43 +7,21 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from untouched import Luck
+
 Named = dict[str, Tensor]
 HALVES = (torch.float16, torch.bfloat16)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
-@dataclass(frozen=True)
-class Luck:
-    """The state of every generator at one moment."""
-
-    torch: Tensor
-    numpy: Any
-    python: Any
-
-    @classmethod
-    def now(cls) -> Luck:
-        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate())
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.torch)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-
-    def same(self, other: Luck) -> bool:
-        numpy = all(np.array_equal(a, b) for a, b in zip(self.numpy, other.numpy, strict=True))
-        return torch.equal(self.torch, other.torch) and numpy and self.python == other.python
 
 
 @dataclass(frozen=True)
@@ -363,6 +341,20 @@ class _Called:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self.model, self.values, args, kwargs)
+
+
+def kernel(case: Case, masks: Named) -> Tensor:
+    """J J^T in eval mode, J over the kept weights, one backward pass an output."""
+    model = case.copy(masks)
+    leaves = named(model, masks)
+    outputs = logits(model, cast(inputs_of(case.batches[0]), case.dtype)).flatten()
+    rows = []
+    for output in outputs:
+        found = torch.autograd.grad(output, list(leaves.values()), retain_graph=True, materialize_grads=True)
+        parts = zip(leaves, found, strict=True)
+        rows.append(torch.cat([(g * masks[name]).double().flatten() for name, g in parts]))
+    jacobian = torch.stack(rows)
+    return jacobian @ jacobian.T
 
 
 ORACLES: dict[str, Callable[[Case, Turn], Named]] = {

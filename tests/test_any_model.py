@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 
 import oracles
 import sapwood
-from oracles import Case, Luck, Turn
+from expectations import expected_names, has_oracle, may_be_refused, must_be_refused
+from oracles import Case, Turn
 from random_models import BODIES, Recipe, Sample, build, recipes
-from sapwood import Masks, Method, SapwoodWarning
+from sapwood import Masks, Method, SapwoodWarning, ntk
+from sapwood.diagnosis import effective
 from sapwood.errors import SapwoodError
-from troubled_blocks import NOISY, REFUSED
+from troubled_blocks import NOISY
+from untouched import Luck, Untouched
 
 DENSITY = 0.4
 QUICK: dict[str, dict[str, Any]] = {
@@ -36,7 +40,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "px": {"rounds": 3},
     "ntt": {"rounds": 1, "interval": 2, "probes": 2},
 }
-FLOWS = ("synflow", "synflow-l2", "px")
 ALL = tuple(sapwood.METHODS)
 REMEDY = re.compile(
     r"exclude=|loss=|forward=|method=|method '|temperature=|set_grad_checkpointing|turn |[Uu]se |[Tt]ake |Write |"
@@ -78,125 +81,6 @@ def prune(sample: Sample, method: str) -> Outcome:
     return Outcome(result, turns, "")
 
 
-# What must not change.
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that scoring has no right to: values by copy, things by identity."""
-    seen: dict[str, Any] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        seen[f"{prefix}: class"] = (id(module), type(module), module.training)
-        for key, value in vars(module).items():
-            where = f"{prefix}.{key}"
-            seen[where] = kept(value)
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            seen[f"{prefix}/{key}"] = kept(tensor)
-    return seen
-
-
-def kept(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        grad = None if value.grad is None else (id(value.grad), value.grad.tolist())
-        bits = value.detach().double().contiguous().numpy().tobytes()  # which holds all narrower ones
-        return id(value), value._version, value.requires_grad, value.data_ptr(), grad, value.dtype, bits
-    if isinstance(value, torch.Generator):
-        return id(value), value.get_state().tolist()
-    if isinstance(value, dict):
-        return {key: kept(entry) for key, entry in value.items()}
-    return (id(value), value) if isinstance(value, int | float | str | bool | None) else id(value)
-
-
-def assert_untouched(sample: Sample, before: dict[str, Any], luck: Luck, threads: tuple) -> None:
-    after = snapshot(sample.model)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert after[name] == value, f"{name} was touched"
-    assert luck.same(Luck.now()), "a global generator has moved"
-    assert threads == surroundings()
-
-
-def surroundings() -> tuple:
-    return (
-        torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.backends.mha.get_fastpath_enabled(),
-        torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
-        torch.overrides._get_current_function_mode_stack() == [],
-    )  # fmt: skip
-
-
-# What is to be refused, and what may be.
-
-
-LIMITS: dict[str, frozenset[str]] = {
-    "ntk-sap-jvp": frozenset({"recurrent", "gated unit", "bags"}),  # no forward derivative in torch
-    "prospr": frozenset({"bags"}),  # which are trained, too, and have no second derivative in torch
-    "ntt": frozenset({"bags"}),
-    "obd": frozenset({"norm open batch"}),  # a single sample has no statistics
-    "obs": frozenset({"norm open batch"}),
-}
-"""What a method may refuse for though the model is an ordinary one."""
-
-
-def must_be_refused(recipe: Recipe, method: str) -> bool:
-    uncomparable = "noise of its own" in recipe.troubles and method in ("ntk-sap", "grasp")
-    return uncomparable or bool(recipe.troubles & REFUSED)
-
-
-def may_be_refused(recipe: Recipe, method: str) -> bool:
-    """Documented limits of a method; every other refusal of an ordinary model is a fault."""
-    features = recipe.features
-    if recipe.troubles or features & LIMITS.get(method, frozenset()):
-        return True
-    if method in FLOWS:
-        return not flow_is_defined(recipe)
-    if method == "ntk-sap-analytic":
-        return not closed_form_is_known(recipe)
-    # The loss is the model's own, so that its logits cannot be divided.
-    return method == "grasp" and {"mapping", "object"} <= features
-
-
-def flow_is_defined(recipe: Recipe) -> bool:
-    """Whether the network with positive weights is a positive flow as it is written."""
-    positive = {
-        "linear", "residual", "concatenated rows", "counters", "half", "bfloat", "double", "in pieces", "by group",
-        "matrix product", "einsum", "frozen", "half frozen", "frozen norm", "normalised twice", "hooked", "listed",
-        "layer scale", "dropout", "by value",
-    }  # fmt: skip
-    flowing = {"linear", "residual", "concatenated rows", "counters", "half", "bfloat", "double", "in pieces",
-               "by group", "matrix product", "einsum", "frozen norm", "normalised twice", "hooked",
-               "layer scale", "dropout"}  # fmt: skip
-    maps = {"convolution", "residual convolution", "concatenated", "grouped", "depthwise", "transposed", "strided"}
-    return (
-        set(recipe.trunk) <= flowing & positive
-        and recipe.body in ("rows", "images")
-        and (recipe.body == "rows" or set(recipe.maps) <= maps)
-        and recipe.norm in ("none", "batch", "plain batch")
-        and recipe.activation in ("relu", "relu in place")
-    )
-
-
-def closed_form_is_known(recipe: Recipe) -> bool:
-    """Whether it is among the architectures of which the closed form has all rules."""
-    known = {"linear", "residual", "frozen", "half frozen", "frozen norm", "counters", "hooked", "layer scale"}
-    maps = {"convolution", "residual convolution", "concatenated", "grouped", "depthwise", "transposed"}
-    return (
-        set(recipe.trunk) <= known
-        and recipe.body in ("rows", "images", "transformer")
-        and (recipe.body != "images" or set(recipe.maps) <= maps)
-        and recipe.call == "pairs"
-        and recipe.norm != "open batch"
-    )
-
-
-def has_oracle(recipe: Recipe, method: str) -> bool:
-    if method not in oracles.ORACLES or "noise of its own" in recipe.troubles:
-        return False
-    if method in ("synflow", "synflow-l2"):
-        return flow_is_defined(recipe)
-    if recipe.troubles & NOISY:  # several passes, or one after a look that has drawn: in which state is not promised
-        return method in ("magnitude", "janowsky", "snip", "taylor", "ntk-sap")
-    return True
-
-
 # The property.
 
 
@@ -205,12 +89,12 @@ def check(recipe: Recipe, methods: tuple[str, ...]) -> None:
     for parameter in list(sample.model.parameters())[::2]:
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
-    before, luck, around = snapshot(sample.model), Luck.now(), surroundings()
+    untouched = Untouched(sample.model)
     for method in methods:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             outcome = prune(sample, method)
-        assert_untouched(sample, before, luck, around)
+        untouched.check()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             judge(sample, method, outcome, [w for w in said if issubclass(w.category, SapwoodWarning)])
@@ -238,7 +122,9 @@ def judge(sample: Sample, method: str, outcome: Outcome, said: list[Any]) -> Non
 def assert_nothing_left(sample: Sample, method: str, outcome: Outcome) -> None:
     """The scores are all zero, in the oracle too: earlier rounds may have cut a network this small in two."""
     last = outcome.turns[-1]
+    luck = Luck.now()
     expected = oracles.ORACLES[method](_case(sample), last) if has_oracle(sample.recipe, method) else last.scores
+    luck.restore()
     assert not any(score[last.masks[name]].any() for name, score in expected.items())
     assert sample.recipe.troubles or len(outcome.turns) > 1
 
@@ -262,18 +148,6 @@ def assert_budget(sample: Sample, masks: Masks, method: str, outcome: Outcome) -
     counts = [sum(int(mask.sum()) for mask in step.values()) for step in steps[: len(outcome.turns)]]
     rounds = len(counts)
     assert counts == [round(DENSITY ** (t / rounds) * total) for t in range(1, rounds + 1)] or not rounds
-
-
-def expected_names(model: nn.Module) -> list[str]:
-    """Weights of two or more dimensions of layers that are no embeddings or norms, each once."""
-    layers = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-    names = []
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0].partition(".parametrizations")[0])
-        leaf = name.rpartition("parametrizations.")[2] if "parametrizations" in name else name.rpartition(".")[2]
-        if parameter.dim() >= 2 and isinstance(owner, layers) and "weight" in leaf:
-            names.append(name)
-    return names
 
 
 def assert_right(sample: Sample, method: str, outcome: Outcome) -> None:
@@ -311,6 +185,54 @@ def assert_highest(scores: dict[str, Tensor], candidates: dict[str, Tensor], kee
 COMMON = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
+# The other doors.
+
+
+def check_doors(recipe: Recipe) -> None:
+    """The tangent kernel under masks, the weights that are on a path, and the check of the closed form."""
+    sample = build(recipe)
+    sizes = {name: sample.model.get_parameter(name) for name in expected_names(sample.model)}
+    generator = torch.Generator().manual_seed(recipe.seed)
+    kept = {name: torch.rand(weight.shape, generator=generator) < 0.7 for name, weight in sizes.items()}
+    untouched, masks = Untouched(sample.model), Masks(kept)
+    inputs = oracles.inputs_of(sample.batches[0])
+
+    def kernel() -> Tensor:
+        return ntk.kernel(sample.model, inputs, masks, batchnorm="eval", dropout="off")
+
+    gram = answered(sample, untouched, kernel, not recipe.troubles and recipe.norm != "open batch")
+    if gram is not None and not recipe.troubles & NOISY:
+        expected = oracles.kernel(Case(sample.model, sample.batches), kept)
+        torch.testing.assert_close(gram, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+    paths = answered(sample, untouched, lambda: effective(sample.model, masks, batches=sample.batches))
+    assert paths is None or paths <= masks
+    if recipe.call == "pairs":
+        shape = sample.batches[0][0].shape[1:]
+        answered(sample, untouched, lambda: sapwood.check_score(sample.model, shape, draws=2, batch_size=4))
+
+
+def answered(sample: Sample, untouched: Untouched, call: Callable[[], Any], needed: bool = False) -> Any:
+    """The answer, or None for a refusal, which is one in words."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+    except SapwoodError as error:
+        refusal = str(error)
+    finally:
+        untouched.check()
+    assert not needed, f"refused an ordinary model: {refusal}"
+    assert_is_a_sentence(sample, refusal)
+    return None
+
+
+@settings(COMMON, max_examples=10)
+@given(recipes(troubles=1))
+def test_kernels_and_paths_of_any_model(recipe):
+    check_doors(recipe)
+
+
 @settings(COMMON, max_examples=40)
 @given(recipes(), st.lists(st.sampled_from(ALL), min_size=4, max_size=4, unique=True))
 def test_any_model_is_scored_rightly_or_refused(recipe, methods):
@@ -326,3 +248,42 @@ def test_every_method_on_hundreds_of_models(body):
         check(dataclasses.replace(recipe, body=body), ALL)
 
     each()
+
+
+# A forward that breaks off.
+
+
+class Stop(BaseException):
+    """Such as KeyboardInterrupt, which no library may swallow."""
+
+
+def breaking(sample: Sample, call: int, error: BaseException) -> list[int]:
+    """Has the trunk raise at a call, counted over all copies of the model."""
+    calls = [0]
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise error
+
+    sample.model.trunk.register_forward_pre_hook(count)
+    return calls
+
+
+@settings(COMMON, max_examples=20)
+@given(recipes(troubles=1), st.sampled_from(ALL), st.integers(1, 8), st.booleans())
+def test_a_forward_that_raises_leaves_everything_as_it_was(recipe, method, call, interrupted):
+    sample = build(recipe)
+    calls = breaking(sample, call, Stop() if interrupted else RuntimeError("broken at this call"))
+    untouched = Untouched(sample.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if interrupted:
+            try:
+                prune(sample, method)
+            except Stop:
+                assert calls[0] == call
+        else:  # the look at second derivatives goes on without those that it cannot have
+            outcome = prune(sample, method)
+            assert outcome.result or calls[0] >= call or recipe.troubles or may_be_refused(recipe, method)
+    untouched.check()
