@@ -40,17 +40,13 @@ def may_be_refused(recipe: Recipe, method: str) -> bool:
 
 def flow_is_defined(recipe: Recipe) -> bool:
     """Whether the network with positive weights is a positive flow as it is written."""
-    positive = {
+    flowing = {
         "linear", "residual", "concatenated rows", "counters", "half", "bfloat", "double", "in pieces", "by group",
-        "matrix product", "einsum", "frozen", "half frozen", "frozen norm", "normalised twice", "hooked", "listed",
-        "layer scale", "dropout", "by value",
+        "matrix product", "einsum", "frozen norm", "normalised twice", "hooked", "layer scale", "dropout", "listed",
     }  # fmt: skip
-    flowing = {"linear", "residual", "concatenated rows", "counters", "half", "bfloat", "double", "in pieces",
-               "by group", "matrix product", "einsum", "frozen norm", "normalised twice", "hooked",
-               "layer scale", "dropout"}  # fmt: skip
     maps = {"convolution", "residual convolution", "concatenated", "grouped", "depthwise", "transposed", "strided"}
     return (
-        set(recipe.trunk) <= flowing & positive
+        set(recipe.trunk) <= flowing
         and recipe.body in ("rows", "images")
         and (recipe.body == "rows" or set(recipe.maps) <= maps)
         and recipe.norm in ("none", "batch", "plain batch")

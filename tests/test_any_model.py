@@ -283,7 +283,8 @@ def test_a_forward_that_raises_leaves_everything_as_it_was(recipe, method, call,
                 prune(sample, method)
             except Stop:
                 assert calls[0] == call
-        else:  # the look at second derivatives goes on without those that it cannot have
+        else:  # a look may go on without what it cannot have
             outcome = prune(sample, method)
-            assert outcome.result or calls[0] >= call or recipe.troubles or may_be_refused(recipe, method)
+            broke = outcome.result or "broken at this call" in outcome.refusal
+            assert broke or recipe.troubles or may_be_refused(recipe, method)
     untouched.check()
