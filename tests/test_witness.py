@@ -636,3 +636,170 @@ def test_the_look_leaves_no_trace():
     assert_untouched(model, before)
     assert torch.equal(luck, torch.get_rng_state()) and modes == [m.training for m in model.modules()]
     assert [n for n, _ in model.named_modules()] == [n for n, _ in twin.named_modules()]
+
+
+# Found by tests/test_any_model.py.
+
+FEW = {"ntk-sap": {"rounds": 1, "resamples": 1}} | {flow: {"rounds": 2} for flow in ("synflow", "synflow-l2", "px")}
+"""Fields that make the slow methods quick."""
+
+
+class Product(nn.Linear):
+    """A square weight that is rearranged before it is applied, so that its shape does not tell."""
+
+    def __init__(self, move):
+        super().__init__(6, 6)
+        self.move = move
+
+    def forward(self, x):
+        return self.move(x, self.weight)
+
+
+REARRANGED = {
+    "transposed": lambda x, w: x @ w.T,
+    "transposed and scaled": lambda x, w: x @ (w / w.norm()).t(),
+    "addmm": lambda x, w: torch.addmm(x, x, w.t()),
+    "flipped": lambda x, w: F.linear(x, w.flip(0, 1)),
+    "rolled": lambda x, w: F.linear(x, w.roll(1, 0)),
+    "shuffled": lambda x, w: F.linear(x, w[torch.tensor([3, 1, 0, 2, 5, 4])]),
+    "as a kernel": lambda x, w: F.conv1d(x[:, :, None], w.t()[:, :, None])[:, :, 0],
+}
+
+
+@pytest.mark.trap(41)
+@pytest.mark.parametrize("kind", REARRANGED)
+def test_a_square_weight_may_be_rearranged(kind):
+    model = nn.Sequential(Product(REARRANGED[kind]), nn.Tanh(), nn.Linear(6, 3))
+    assert sapwood.prune(model, method="snip", sparsity=0.5, batches=batches()).masks.kept == 27
+
+
+@pytest.mark.trap(41)
+@pytest.mark.parametrize("add", [lambda w: w.t() + 0.1, lambda w: w.flip(0) - w.mean(), lambda w: w.t() + w])
+def test_a_rearranged_weight_whose_zeros_are_lost_is_refused(add):
+    model = nn.Sequential(Product(lambda x, w: x @ add(w)), nn.Tanh(), nn.Linear(6, 3))
+    with pytest.raises(UnsupportedModelError, match=r"Zeros in the parameter '0\.weight'"):
+        sapwood.prune(model, method="random", sparsity=0.5, batches=batches())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["snip", "obd", "ntk-sap", "synflow"])
+def test_statistics_in_half_precision_follow_their_weights(dtype, method):
+    """A BatchNorm of float32 weights and half statistics is one that torch does not run."""
+    half = base().to(dtype)
+    fields = {"method": method, "sparsity": 0.5, "batches": [(ROWS.to(dtype), LABELS)], **FEW.get(method, {})}
+    before = state_of(half)
+    found = sapwood.prune(half, **fields).masks
+    assert_untouched(half, before)
+    assert found == sapwood.prune(copy.deepcopy(half).float(), **fields).masks
+
+
+class Counting(nn.Module):
+    """A forward that counts its passes in an integer buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.passes += 1
+        return self.fc(x)
+
+
+@pytest.mark.trap(42)
+@pytest.mark.parametrize("method", ["synflow", "synflow-l2", "px", "snip", "ntk-sap", "obd"])
+def test_a_pass_counts_in_no_buffer_of_the_user(method):
+    model = Counting()
+    before = state_of(model)
+    sapwood.prune(model, method=method, sparsity=0.5, batches=batches(), **FEW.get(method, {}))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("method", ["obd", "obs"])
+def test_a_norm_without_statistics_of_one_sample_says_so(method):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedModelError, match=r"none of a single sample.*running statistics.*'snip'"):
+        sapwood.prune(model, method=method, sparsity=0.5, batches=batches())
+
+
+@pytest.mark.trap(47)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_tangents_of_recomputing_models_are_refused_in_words(reentrant):
+    with pytest.raises(UnsupportedModelError, match=r"set_grad_checkpointing\(False\)"):
+        sapwood.prune(Checkpointed(reentrant), method="ntt", sparsity=0.5, batches=batches(), rounds=1, interval=1)
+
+
+def test_forward_mode_names_the_way_out_where_a_layer_writes():
+    model = nn.Sequential(nn.EmbeddingBag(10, 4, max_norm=1.0), nn.Linear(4, 3))
+    with pytest.raises(UnsupportedModelError, match=r"method='ntk-sap'"):
+        sapwood.prune(model, method="ntk-sap-jvp", sparsity=0.5, batches=batches(torch.randint(0, 10, (8, 5))))
+
+
+class OpenNormed(Custom):
+    """It does not take a single sample."""
+
+    def __init__(self, square):
+        super().__init__(square)
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+
+    def forward(self, x):
+        return self.b(self.square(self.norm(self.a(x))))
+
+
+class InFloat(Custom):
+    """It does not run in float64."""
+
+    def forward(self, x):
+        return F.linear(self.square(self.a(x)).float(), self.b.weight, self.b.bias)
+
+
+@pytest.mark.trap(45)
+@pytest.mark.parametrize("kind", [OpenNormed, InFloat])
+@pytest.mark.parametrize("method", ["grasp", "prospr"])
+def test_second_derivatives_are_looked_at_however_the_model_runs(kind, method):
+    for function in (Detached, Numpy):
+        with pytest.raises(UnsupportedModelError, match=r"Second derivatives|not be differentiated|twice"):
+            sapwood.prune(kind(function.apply), method=method, sparsity=0.5, batches=batches())
+    one, other = (
+        sapwood.prune(kind(square), method=method, sparsity=0.5, batches=batches()).masks
+        for square in (Twice.apply, lambda x: x * x)
+    )
+    assert one == other
+
+
+class Mixed(nn.Module):
+    """Layers in float32 and float64, in either order."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6, dtype=first))
+        self.a, self.b = nn.Linear(6, 8).to(first), nn.Linear(8, 3).to(second)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x * self.scale)).to(self.b.weight.dtype))
+
+
+class Behind(Mixed):
+    """The first layer that is pruned is not the first that is run."""
+
+    def __init__(self, first, second):
+        super().__init__(second, first)
+
+    def forward(self, x):
+        shift = self.b(torch.cat([x, x], 1)[:, :8]).mean(1, keepdim=True)
+        return self.a((x + shift).to(self.a.weight.dtype))
+
+
+@pytest.mark.parametrize("kind", [Mixed, Behind])
+@pytest.mark.parametrize("precisions", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("method", ["snip", "grasp", "ntk-sap", "synflow"])
+def test_the_precision_of_inputs_is_found_by_looking(kind, precisions, method):
+    model = kind(*precisions)
+    whole = copy.deepcopy(model).double()
+    for x in (ROWS, ROWS.double()):
+        fields = {"method": method, "sparsity": 0.5, "batches": batches(x), **FEW.get(method, {})}
+        masks = sapwood.prune(model, **fields).masks
+        if method != "ntk-sap":  # whose draws in float32 are others
+            assert masks == sapwood.prune(whole, **fields).masks
+    assert sapwood.prune(model, method="ntk-sap", sparsity=0.5, input_shape=(6,), rounds=1, samples=4).masks

@@ -41,7 +41,7 @@ from sapwood.batches import (
     target_of,
 )
 from sapwood.errors import DataError, ForwardError, SapwoodError, SapwoodWarning, ScoreError, UnsupportedModelError
-from sapwood.isolation import RandomState, recordable, skeleton
+from sapwood.isolation import RandomState, skeleton
 from sapwood.masks import Masks
 from sapwood.names import Names, unwrapped
 from sapwood.prunable import Layout, Pattern, Weight, all_weights, select
@@ -85,7 +85,7 @@ class FunctionalModel:
         module: The tensor-free copy that is run.
         params: Copies of all parameters by clean name (`sapwood.names`), float32 or float64, so that no forward can
             reach the user's own.
-        buffers: All buffers by name. Never written to.
+        buffers: Copies of all buffers by name, in no less than float32 either. Never written to.
         prunable: Names of the weights under pruning, in order.
         fan_in: Fan-in of every layer weight, prunable or excluded (what a fresh initialisation draws).
         layout: Dimensions of the channels of every prunable weight of which they are known.
@@ -96,6 +96,7 @@ class FunctionalModel:
         noise: Whether the forward is random in eval mode.
         derivatives: What is known of its derivatives.
         state: The random state in which every pass begins; None: passes follow each other.
+        input_dtype: Precision of the inputs where that of the parameters differs; None: the first prunable one's.
     """
 
     module: _Runner
@@ -112,6 +113,7 @@ class FunctionalModel:
     noise: Noise = Noise.NONE
     derivatives: Derivatives = field(default_factory=Derivatives, repr=False)
     state: RandomState | None = field(default=None, repr=False)
+    input_dtype: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -158,7 +160,7 @@ class FunctionalModel:
         return cls(
             module=_Runner(copy, forward),
             params=params,
-            buffers={name: recordable(buffer) for name, buffer in Names.of(model).buffers.items()},
+            buffers={name: _widened(buffer.detach().clone()) for name, buffer in Names.of(model).buffers.items()},
             prunable=prunable,
             fan_in={w.name: w.fan_in for w in weights if w.is_layer_weight and w.tensor.is_floating_point()},
             layout={w.name: w.layout for w in weights if w.name in prunable and w.layout},
@@ -179,8 +181,8 @@ class FunctionalModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision in which the weights are scored."""
-        return self.params[self.prunable[0]].dtype
+        """Precision in which the weights are scored, and that of inputs."""
+        return self.input_dtype or self.params[self.prunable[0]].dtype
 
     def run(
         self, params: Mapping[str, Tensor], batch: Batch, *, buffers: Params | None = None, train: bool = False
@@ -189,7 +191,7 @@ class FunctionalModel:
 
         Args:
             params: Parameters to replace; the others are the model's own.
-            batch: Any batch; floating-point inputs are cast to the weights' dtype.
+            batch: Any batch; floating-point inputs are cast to the parameters' dtype, or to `dtype` where they differ.
             buffers: Buffers to use (a train-mode pass updates these in place); default: clones of the model's own.
             train: BatchNorm normalises with the batch's statistics. Everything else stays in eval mode (no dropout).
 
@@ -198,21 +200,20 @@ class FunctionalModel:
         """
         for norm in self.norms:
             norm.training = train
-        dtype = params.get(self.prunable[0], self.params[self.prunable[0]]).dtype
         state = {**self.params, **params}
+        kinds = precisions(state)
         state |= {name: state[name].clone() for name in self.written if name not in params}
         state |= self.own_buffers() if buffers is None else buffers
         if self.state is not None:
             self.state.restore()
+        dtype = kinds[0] if len(kinds) == 1 else self.dtype
         try:
             return functional_call(self.module, self.module.raw(state), (cast(batch, dtype),))
         except (SapwoodError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise ForwardError(
-                f"The model failed on an input of {described(inputs_of(batch))}: {error}. (input_shape is one sample's "
-                "shape without the batch, of numbers; batches are (input, target) or a mapping of keyword arguments. "
-                "Token ids come in batches; a model that takes something else needs forward=lambda model, inputs: ...)"
+                f"The model failed on an input of {described(inputs_of(batch))}: {error}. ({_hint(error)})"
             ) from error
 
     def outputs(self, params: Mapping[str, Tensor], batch: Batch, **options: Any) -> Tensor:
@@ -418,6 +419,11 @@ class FunctionalModel:
         return {name: weight.requires_grad_() for name, weight in masks.apply(self.weights).items()}
 
 
+def precisions(tensors: Params) -> list[torch.dtype]:
+    """Those of floating-point tensors, each once, in order."""
+    return list(dict.fromkeys(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
+
+
 def _refuse_constant(value: Tensor) -> None:
     if not value.requires_grad:
         raise UnsupportedModelError(
@@ -481,6 +487,11 @@ def _readable(weight: Weight) -> Tensor:
     tensor = weight.tensor.detach().clone()
     if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
         raise ScoreError(f"The parameter {weight.name!r} holds NaN or infinite values; nothing can be scored with it.")
+    return _widened(tensor)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In no less than float32; a BatchNorm's statistics must not stay behind its weights."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -520,3 +531,16 @@ def _is_scale(name: str, parameter: Tensor) -> bool:
 def _is_small_constant(parameter: Tensor) -> bool:
     first = parameter.flatten()[0]
     return bool(first.abs() <= 0.1) and bool((parameter == first).all())
+
+
+def _hint(error: Exception) -> str:
+    if "more than 1 value per channel" in str(error):
+        return (
+            "A norm that takes its statistics from the batch has none of a single sample, which is what this method "
+            "runs: give the norm running statistics, use larger batches, or take another method, such as 'snip'."
+        )
+    return (
+        "input_shape is one sample's shape without the batch, of numbers; batches are (input, target) or a mapping of "
+        "keyword arguments. Token ids come in batches; a model that takes something else needs forward=lambda model, "
+        "inputs: ..."
+    )

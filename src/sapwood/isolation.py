@@ -107,12 +107,6 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, detached; a copy of one that was made in inference mode, which autograd would refuse to record."""
-    tensor = tensor.detach()
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the model is."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -37,6 +37,9 @@ from sapwood.errors import UnsupportedModelError
 from sapwood.functional import FunctionalModel, Params
 from sapwood.masks import Masks
 
+FORWARD_MODE = ("forward AD", "not implemented", "setup_context", "jvp")
+"""Words of PyTorch's errors where it has no directional derivative."""
+
 
 @dataclass(frozen=True)
 class NtkSapJvp(MonteCarlo):
@@ -61,7 +64,7 @@ class NtkSapJvp(MonteCarlo):
         except torch.OutOfMemoryError:
             raise
         except (UnsupportedModelError, RuntimeError) as error:
-            if not any(words in str(error) for words in ("forward AD", "not implemented", "setup_context")):
+            if not any(words in str(error) for words in FORWARD_MODE):
                 raise
             raise UnsupportedModelError(
                 f"PyTorch has no exact directional derivative of an operation of this model: {error}. "

@@ -48,7 +48,7 @@ from sapwood.batches import Batch, Data, filled, resized, size, size_or_one, tak
 from sapwood.criteria.derivatives import twice_differentiable
 from sapwood.errors import ConfigError, DataError, ScoreError
 from sapwood.fresh import normal
-from sapwood.functional import FunctionalModel, Params
+from sapwood.functional import FunctionalModel, Params, differentiating
 from sapwood.masks import Masks
 from sapwood.pruning import Found, OnRound, Round, starting_masks, warn_of_collapse
 from sapwood.witness.rows import shortened, takes_rows
@@ -279,9 +279,11 @@ def sketch(
     kept = {name: mask.to(outputs.dtype) for name, mask in (masks or {}).items()}
     rows = []
     for probe in probes:
-        gradients = torch.autograd.grad(
-            outputs, list(leaves.values()), probe, retain_graph=True, create_graph=create_graph, materialize_grads=True
-        )
+        with differentiating():
+            gradients = torch.autograd.grad(
+                outputs, list(leaves.values()), probe, retain_graph=True, create_graph=create_graph,
+                materialize_grads=True,
+            )  # fmt: skip
         named = zip(leaves, gradients, strict=True)
         rows.append(torch.cat([(g * kept[n] if n in kept else g).flatten() for n, g in named]))
     tangents = torch.stack(rows)

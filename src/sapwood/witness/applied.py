@@ -13,10 +13,12 @@ smaller otherwise is a statistic (a norm, a mean, a scale): zeros need not be ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -139,13 +141,13 @@ class Applied(TorchFunctionMode):
             return ""
 
         zero = tensor.detach() == 0
-        aligned = {name: _aligned(self.pruned[name], tensor) for name in names}
-        for name, pruned in aligned.items():
-            if pruned is not None and not bool((zero | ~pruned).all()):
+        placed = {name: list(_placements(self.pruned[name], tensor)) for name in names}
+        for name, placements in placed.items():
+            kept = any(bool((zero | ~pruned).all()) for pruned in placements)
+            if placements and not kept and not _rearranged(tensor, self.weights[name]):
                 return name
 
-        placed = any(pruned is not None for pruned in aligned.values())
-        return "" if placed else self._zeros_missing(zero, names)
+        return "" if any(placed.values()) else self._zeros_missing(zero, names)
 
     def _zeros_missing(self, zero: Tensor, names: frozenset[str]) -> str:
         """The same where entries have changed places or were joined with others: by the number of zeros."""
@@ -156,14 +158,24 @@ class Applied(TorchFunctionMode):
         return "" if enough else min(names)
 
 
-def _aligned(pruned: Tensor, tensor: Tensor) -> Tensor | None:
-    """The pruned entries of a parameter in a tensor of its shape, or one that it is spread over; else None."""
-    if pruned.shape == tensor.shape:
-        return pruned
-    try:
-        return pruned.expand(tensor.shape) if pruned.dim() == tensor.dim() else None
-    except RuntimeError:
-        return None
+def _placements(pruned: Tensor, tensor: Tensor) -> Iterator[Tensor]:
+    """The pruned entries of a parameter in a tensor of its shape, its axes in any order, or spread over more of them.
+
+    Of a square weight, the shape does not say whether it was transposed.
+    """
+    orders = itertools.permutations(range(pruned.dim())) if pruned.dim() == tensor.dim() else ()
+    for order in orders:
+        moved = pruned.permute(order)
+        if all(size in (1, whole) for size, whole in zip(moved.shape, tensor.shape, strict=True)):
+            yield moved.expand(tensor.shape)
+
+
+def _rearranged(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor has the entries of a weight, in another order (flipped, rolled, shuffled)."""
+    if tensor.numel() != weight.numel():
+        return False
+    one, other = (values.detach().flatten().sort().values for values in (tensor, weight))
+    return torch.equal(one, other)
 
 
 def _is_form(func: Any, tensor: Tensor, forms: list[Tensor]) -> bool:

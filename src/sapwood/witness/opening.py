@@ -6,14 +6,15 @@ what reads its first input among them. Seen are
 * weights whose zeros are lost before they are applied, and weights that arrive nowhere (`applied`);
 * a forward that runs on the user's own tensors instead of the copy's: it is stopped before the first such call;
 * a forward that writes into parameters: it gets copies of those in every later pass;
-* a forward that is random: whatever compares passes can hold its noise (`FunctionalModel.held`).
+* a forward that is random: whatever compares passes can hold its noise (`FunctionalModel.held`);
+* which precision of inputs a model takes whose parameters differ in theirs.
 
 Where neither an input shape nor a batch is known, layers are run one by one on inputs of their own (`alone`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from sapwood.batches import Batch, Data, cast, first, inputs_of, small, tensors
 from sapwood.errors import ForwardError, UnsupportedModelError
-from sapwood.functional import FunctionalModel, Noise
+from sapwood.functional import FunctionalModel, Noise, precisions
 from sapwood.isolation import RandomState
 from sapwood.names import Names
 from sapwood.witness.alone import look_at_layers
@@ -54,14 +55,24 @@ def opened(model: nn.Module, data: Data, *, masked: Iterable[str] | None = None,
         look_at_layers(model, names)
         return net
 
-    few, enough = _samples(data, net)
-    try:
-        return _looked_at(net, model, few, names)
-    except ForwardError as failed:
-        try:  # a model that wants its batch whole, or one sample at a time
-            return _looked_at(net, model, enough, names)
-        except ForwardError:
-            raise failed from None
+    failed: list[ForwardError] = []
+    for candidate in _in_each_precision(net):
+        for batch in _samples(data, candidate):
+            try:
+                return _looked_at(candidate, model, batch, names)
+            except ForwardError as error:
+                failed.append(error)
+    raise failed[0]
+
+
+def _in_each_precision(net: FunctionalModel) -> Iterator[FunctionalModel]:
+    """The model with its inputs in the precision of the first weight, and in others that its parameters have."""
+    kinds = precisions(net.params)
+    if len(kinds) == 1:
+        yield net
+        return
+    for kind in sorted(kinds, key=lambda kind: kind != net.dtype):
+        yield replace(net, input_dtype=kind)
 
 
 def _looked_at(net: FunctionalModel, model: nn.Module, batch: Batch, names: tuple[str, ...]) -> FunctionalModel:
@@ -96,7 +107,7 @@ def _looked_at(net: FunctionalModel, model: nn.Module, batch: Batch, names: tupl
 
 
 def _samples(data: Data, net: FunctionalModel) -> tuple[Batch, Batch]:
-    """A few samples to run, and what to run where the model fails on them."""
+    """A few samples, and what to run where the model wants its batch whole, or one sample at a time."""
     if data.input_shape is not None:
         few = torch.randn(SAMPLES, *data.input_shape, device=net.device, dtype=net.dtype)
         return few, few[:1]
