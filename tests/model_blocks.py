@@ -157,6 +157,10 @@ def in_pieces(block: Block, x: Tensor) -> Tensor:
     return torch.cat(rows, 1) + block.a.bias
 
 
+def by_columns(block: Block, x: Tensor) -> Tensor:
+    return sum(x[:, i : i + 1] * block.a.weight[:, i] for i in range(WIDTH)) + block.a.bias
+
+
 def by_group(block: Block, x: Tensor) -> Tensor:
     weight = block.a.weight.view(2, 3, WIDTH)
     return torch.bmm(x.expand(2, *x.shape), weight.mT).transpose(0, 1).flatten(1)
@@ -181,6 +185,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "einsum": lambda: Block(lambda block, x: torch.einsum("bi,oi->bo", x, block.a.weight) + block.a.bias),
     "matrix product": lambda: Block(lambda block, x: torch.addmm(block.a.bias, x, block.a.weight.t())),
     "in pieces": lambda: Block(in_pieces),
+    "by columns": lambda: Block(by_columns),
     "by group": lambda: Block(by_group, bias=False),
     "by value": lambda: Block(by_value),
     "normalised twice": TwiceNormed,

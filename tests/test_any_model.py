@@ -240,6 +240,7 @@ def test_any_model_is_scored_rightly_or_refused(recipe, methods):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # half a minute of one core each
 @pytest.mark.parametrize("body", BODIES)
 def test_every_method_on_hundreds_of_models(body):
     @settings(COMMON, max_examples=40)

@@ -662,6 +662,10 @@ REARRANGED = {
     "flipped": lambda x, w: F.linear(x, w.flip(0, 1)),
     "rolled": lambda x, w: F.linear(x, w.roll(1, 0)),
     "shuffled": lambda x, w: F.linear(x, w[torch.tensor([3, 1, 0, 2, 5, 4])]),
+    "by columns": lambda x, w: sum(x[:, i : i + 1] * w[:, i] for i in range(6)),
+    "by columns, copied": lambda x, w: sum(x[:, i : i + 1] * (2 * w)[:, [i]].mT for i in range(6)),
+    "sparse": lambda x, w: torch.sparse.mm(w.to_sparse(), x.T).T,
+    "in frequencies": lambda x, w: torch.fft.irfft(torch.fft.rfft(x) @ torch.fft.rfft(w)[:4].mT, n=6),
     "as a kernel": lambda x, w: F.conv1d(x[:, :, None], w.t()[:, :, None])[:, :, 0],
 }
 
@@ -674,7 +678,9 @@ def test_a_square_weight_may_be_rearranged(kind):
 
 
 @pytest.mark.trap(41)
-@pytest.mark.parametrize("add", [lambda w: w.t() + 0.1, lambda w: w.flip(0) - w.mean(), lambda w: w.t() + w])
+@pytest.mark.parametrize(
+    "add", [lambda w: w.t() + 0.1, lambda w: w.flip(0) - w.mean(), lambda w: w.t() + w, F.softplus]
+)
 def test_a_rearranged_weight_whose_zeros_are_lost_is_refused(add):
     model = nn.Sequential(Product(lambda x, w: x @ add(w)), nn.Tanh(), nn.Linear(6, 3))
     with pytest.raises(UnsupportedModelError, match=r"Zeros in the parameter '0\.weight'"):

@@ -33,10 +33,10 @@ WEIGHT_SECOND = frozenset((
 """Functions `f(input, weight, ...)`: a form in another place than the second is an input here, not a weight."""
 
 PRODUCTS = frozenset((
-    "addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "chain_matmul", "dot", "einsum", "embedding_bag", "gru",
-    "gru_cell", "inner", "kron", "lstm", "lstm_cell", "matmul", "__matmul__", "__rmatmul__", "mm",
-    "multi_head_attention_forward", "multi_dot", "mv", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
-    "tensordot", "vdot",
+    "addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "chain_matmul", "dot", "einsum", "embedding_bag",
+    "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "gru", "gru_cell", "inner", "kron",
+    "lstm", "lstm_cell", "matmul", "__matmul__", "__rmatmul__", "mm", "multi_head_attention_forward",
+    "multi_dot", "mv", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "tensordot", "vdot",
 ))  # fmt: skip
 """Functions that sum products: with them a form ends, whatever stands beside it."""
 
@@ -137,10 +137,11 @@ class Applied(TorchFunctionMode):
     def _zeros_lost(self, tensor: Tensor) -> str:
         """The parameter whose pruned entries are not zero in this form of it, or ""."""
         names = self._forms[id(tensor)]
-        if any(tensor is self.weights[name] and tensor._version == self._versions[name] for name in names):
+        tensor = tensor.detach().to_dense()
+        if any(_is_view(tensor, self.weights[name], self._versions[name]) for name in names):
             return ""
 
-        zero = tensor.detach() == 0
+        zero = tensor == 0
         placed = {name: list(_placements(self.pruned[name], tensor)) for name in names}
         for name, placements in placed.items():
             kept = any(bool((zero | ~pruned).all()) for pruned in placements)
@@ -154,8 +155,14 @@ class Applied(TorchFunctionMode):
         pruned = sum(int(self.pruned[name].sum()) for name in names)
         total = sum(self.pruned[name].numel() for name in names)
         zeros = int(zero.sum())
-        enough = zeros >= pruned if zero.numel() >= total else zeros * total >= 0.5 * pruned * zero.numel()
+        enough = zeros >= pruned if zero.numel() >= total else zeros * total >= 0.25 * pruned * zero.numel()
         return "" if enough else min(names)
+
+
+def _is_view(tensor: Tensor, weight: Tensor, version: int) -> bool:
+    """Whether a tensor is memory of a weight that nobody has written into."""
+    same = tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    return same and weight._version == version and tensor.dtype == weight.dtype
 
 
 def _placements(pruned: Tensor, tensor: Tensor) -> Iterator[Tensor]:

@@ -11,9 +11,16 @@ from sapwood.errors import UnsupportedModelError
 
 
 def half_pruned(weight: Tensor) -> Tensor:
-    """Where a weight is pruned: its first unit, what reads the first input, and every other entry; bool."""
-    pruned = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-    pruned.view(-1)[1::2] = True
+    """Where a weight is pruned: its first unit, what reads the first input, and half of all entries; bool.
+
+    Of these there are as many in every row and in every column, and they are others in the transpose.
+    """
+    places = torch.zeros(weight.shape, dtype=torch.long, device=weight.device)
+    for axis, size in enumerate(weight.shape):
+        ramp = torch.arange(size, device=weight.device) * (3 if axis % 2 else 1)
+        places += ramp.view(-1, *[1] * (weight.dim() - axis - 1))
+
+    pruned = places % 4 < 2
     for axis in range(min(2, weight.dim())):
         if weight.shape[axis] > 1:
             pruned.select(axis, 0).fill_(True)
