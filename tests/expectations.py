@@ -14,8 +14,9 @@ LIMITS: dict[str, frozenset[str]] = {
     "ntk-sap-jvp": frozenset({"recurrent", "gated unit", "bags"}),  # no forward derivative in torch
     "prospr": frozenset({"bags"}),  # which are trained, too, and have no second derivative in torch
     "ntt": frozenset({"bags"}),
-    "obd": frozenset({"norm open batch"}),  # a single sample has no statistics
-    "obs": frozenset({"norm open batch"}),
+    # A single sample has no statistics, and where the batch decides (by value), samples are none.
+    "obd": frozenset({"norm open batch", "by value"}),
+    "obs": frozenset({"norm open batch", "by value"}),
 }
 """What a method may refuse for though the model is an ordinary one."""
 
@@ -72,6 +73,8 @@ def has_oracle(recipe: Recipe, method: str) -> bool:
         return False
     if method in ("synflow", "synflow-l2"):
         return flow_is_defined(recipe)
+    if method == "ntk-sap" and "by value" in recipe.features:  # the batch decides, so it is run whole, as it came
+        return False
     if recipe.troubles & NOISY:  # several passes, or one after a look that has drawn: in which state is not promised
         return method in ("magnitude", "janowsky", "snip", "taylor", "ntk-sap")
     return True

@@ -227,6 +227,14 @@ class Sample:
     model: Model
     batches: list[Any]
 
+    @property
+    def draw(self) -> tuple[str, ...] | None:
+        """What of a mapping are numbers."""
+        batch = self.batches[0]
+        if not isinstance(batch, dict):
+            return None
+        return tuple(key for key in ("x", "y") if batch[key].is_floating_point())
+
 
 def build(recipe: Recipe) -> Sample:
     """The model of a recipe, and two labelled batches of unequal size."""
