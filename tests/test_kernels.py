@@ -12,10 +12,11 @@ import torch
 from sapwood import Masks, ntk
 from sapwood.cli import main
 from sapwood.data import load, pruning_batches
-from sapwood.experiments import kernel_figures, kernel_report, kernel_run, kernels, store
+from sapwood.experiments import kernel_figures, kernel_report, kernel_run, kernels
 from sapwood.experiments.config import Place
 from sapwood.experiments.kernels import KernelConfig, Network, Spectra
 from sapwood.experiments.material import create_model
+from sapwood.files import read_json
 from test_report import Page, outcome, rewritten
 
 RUN = ["ntk", "mlp", "--sparsity", "0.9", "--per-class", "1", "--batch-size", "5"]
@@ -67,7 +68,7 @@ def test_page_csv_and_figures(out):
         rows = list(csv.DictReader(file))
     found = Spectra.load(out / "ntk.json").networks
     assert [float(row["largest"]) for row in rows] == pytest.approx([n.eigenvalues[0] for n in found], rel=1e-5)
-    trained = store.read_json(out / "dynamics.json")
+    trained = read_json(out / "dynamics.json")
     assert list(trained) == [n.label for n in found]
     assert len({d["rate"] for d in trained.values()}) == 1
     assert all(len(d["loss"]) == len(d["predicted"]) == 5 for d in trained.values())

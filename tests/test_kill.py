@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from processes import PATH
-from sapwood import Masks
+from sapwood import Masks, files
 from sapwood.experiments import store
 from sapwood.experiments.compare import compare, run_folder
 from sapwood.experiments.config import ORDER_SEED, Place
@@ -141,7 +141,7 @@ def essence(out):
     for config in configs():
         folder = run_folder(out, config)
         result = store.finished(folder, config)
-        rows = store.read_rows(folder / "metrics.jsonl")
+        rows = files.read_rows(folder / "metrics.jsonl")
         masks = Masks.load(folder / "masks.safetensors") if config.method != "dense" else None
         losses = [(row["epoch"], row["train_loss"], row["test_accuracy"]) for row in rows]
         bits = masks and {name: mask.numpy().tobytes() for name, mask in masks.items()}

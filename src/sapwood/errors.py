@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SapwoodError(Exception):
@@ -52,3 +52,8 @@ def unknown_name(kind: str, name: str, legal: Iterable[str]) -> ConfigError:
 
 class SapwoodWarning(UserWarning):
     """Something that a user should look at, though the result stands (a collapsed layer, a zero-initialised branch)."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +17,18 @@ from torch import Tensor, nn
 
 from sapwood.errors import UnsupportedModelError
 
+_alone = threading.RLock()  # what is changed and put back here belongs to the whole process
+
+
+def _fresh_lock() -> None:
+    """A forked process has none of the threads that might hold the lock."""
+    global _alone
+    _alone = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fresh_lock)
+
 
 @contextmanager
 def isolated(seed: int, device: torch.device) -> Iterator[None]:
@@ -22,7 +36,14 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
 
     Inside, gradients are on, inference mode and autocast are off (scores are computed in float32 or better whatever
     surrounds the call), and attention takes its ordinary path, which autograd can differentiate twice.
+
+    All of these belong to the process, so that one thread at a time is inside, and others wait. It may enter again.
     """
+    with _alone:
+        yield from _isolated(seed, device)
+
+
+def _isolated(seed: int, device: torch.device) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = [device] if device.type == "cuda" else []

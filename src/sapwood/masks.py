@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
 from sapwood.errors import MaskError, MaskFileError
+from sapwood.files import write_in_one_step
 
 FORMAT = "sapwood-masks"
 VERSION = "1"
@@ -239,7 +238,7 @@ class Masks(Mapping[str, Tensor]):
             "provenance": json.dumps(dict(self.provenance)),
         }
         metadata["sha256"] = _checksum(metadata, packed)
-        _write_in_one_step(Path(path), to_safetensors(packed, metadata))
+        write_in_one_step(Path(path), to_safetensors(packed, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:
@@ -292,27 +291,6 @@ def _unpack(bits: np.ndarray | None, shape: list[int], where: str) -> Tensor:
     if bits is None or bits.dtype != np.uint8 or bits.size != (size + 7) // 8:
         raise MaskFileError(f"The mask of {where} is missing or does not fit its shape {shape}: the file is damaged.")
     return torch.from_numpy(np.unpackbits(bits, count=size).astype(bool).reshape(shape))
-
-
-def _write_in_one_step(path: Path, content: bytes) -> None:
-    """A killed or full-disk write leaves the old file as it was."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a mask file is an ordinary one
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

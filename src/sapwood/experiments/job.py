@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
-from sapwood.errors import RunBusyError, SapwoodError, SapwoodWarning
-from sapwood.experiments import store
+from sapwood import files
+from sapwood.errors import ConfigError, RunBusyError, SapwoodError, SapwoodWarning, listed
+from sapwood.experiments import identity
 from sapwood.experiments.config import Place, RunConfig
+from sapwood.experiments.identity import Identity
+from sapwood.experiments.material import load_data
 from sapwood.experiments.run import run
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.trackers import tracked
@@ -31,6 +34,7 @@ class Job:
         threads: Threads of torch's CPU kernels; None leaves them.
         wait: Whether to wait for a process that is at the same run, rather than to come back busy.
         keep: Epochs after which its weights are kept, for runs that begin from them.
+        inputs: What the data and the code are, see `identity.inputs`, in the process that asks.
     """
 
     config: RunConfig
@@ -40,6 +44,7 @@ class Job:
     threads: int | None = None
     wait: bool = False
     keep: tuple[int, ...] = ()
+    inputs: Identity | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ def attempt(job: Job) -> Outcome:
     try:
         with warnings.catch_warnings(), tracked(job.tracker, job.config, job.folder) as on_epoch:
             warnings.simplefilter("ignore", SapwoodWarning)  # collapsed layers are in the result
-            return Outcome(
-                job.config, run(job.config, job.folder, job.place, keep=job.keep, on_epoch=on_epoch, wait=job.wait)
-            )
+            _check_inputs(job)
+            result = run(job.config, job.folder, job.place, keep=job.keep, on_epoch=on_epoch, wait=job.wait)
+            return Outcome(job.config, result)
     except RunBusyError as error:
         return Outcome(job.config, None, str(error), busy=True)
     except Exception as error:  # somebody's model or method may raise anything
@@ -79,6 +84,15 @@ def attempt(job: Job) -> Outcome:
         if isinstance(error, SapwoodError):
             return Outcome(job.config, None, str(error))
         return Outcome(job.config, None, f"{type(error).__name__}: {error}{_kept_traceback(job.folder)}")
+
+
+def _check_inputs(job: Job) -> None:
+    """Refuses a run that would not be of the data and the code that the others are of."""
+    if job.inputs is None:
+        return
+    found = identity.inputs(job.config, load_data(job.config.data, job.config.resolution, job.place))
+    if changed := identity.differences(job.inputs, found):
+        raise ConfigError(f"While the comparison was going on, {listed(changed)} changed: start it again.")
 
 
 def _is_disk_full(error: BaseException) -> bool:
@@ -98,7 +112,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _kept_traceback(folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        store.write_text(folder / "error.txt", traceback.format_exc())
+        files.write_text(folder / "error.txt", traceback.format_exc())
     except OSError:
         return ""
     return f" (see {folder / 'error.txt'})"
