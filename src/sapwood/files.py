@@ -61,8 +61,8 @@ def write_in_one_step(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file (UTF-8) in one step."""
-    write_in_one_step(path, text.encode())
+    """Replaces a text file (UTF-8) in one step; what UTF-8 lacks, as in some names of files, is escaped."""
+    write_in_one_step(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import warnings
@@ -47,17 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a run of a comparison failed; 2 for what the user can put right; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), terminal.legible():
         warnings.simplefilter("always", SapwoodWarning)
         warnings.showwarning = lambda message, *_, **__: terminal.complain("warning", message)
+        code = 0
         try:
-            command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
-            return int(command(shlex.join(["sapwood", *argv])))
-        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            with terminal.reader_may_leave():
+                command = tyro.cli(Command, prog="sapwood", args=argv, config=(OmitArgPrefixes,))
+                code = int(command(shlex.join(["sapwood", *argv])))
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+            return code
         except (SapwoodError, OSError) as error:
             terminal.complain("error", error)
+            terminal.drop_unwritable()
             return USAGE
         except KeyboardInterrupt:
             terminal.complain("error", "interrupted; the same command goes on from here.")

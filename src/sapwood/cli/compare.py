@@ -72,6 +72,7 @@ def compare_and_report(  # the runs, where, how, and what is told of them
         spectra = None if ntk is None else kernel_run.of_comparison(outcomes, out, ntk, KernelConfig(), place)
         # Before anything is shown: whoever reads it may have gone.
         report = write_report(outcomes, out, typed, expected=expected, spectra=spectra)
-        terminal.show(terminal.comparison_table(summarise(outcomes)))
-        print(report)
+        with terminal.reader_may_leave():
+            terminal.show(terminal.comparison_table(summarise(outcomes)))
+            print(report, flush=True)
     return FAILED if failed else 0
