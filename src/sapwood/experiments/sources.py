@@ -33,7 +33,7 @@ class Seen:
     Attributes:
         digests: SHA-256 of the source of every module that the object is made of, by the modules' names.
         state: The checksum of what the object holds, see `state`; "" where it was not asked for.
-        specs: Where the modules came from.
+        specs: Where those of the modules came from that were imported by then.
     """
 
     digests: Mapping[str, str]
@@ -42,7 +42,7 @@ class Seen:
 
     def still_true(self) -> bool:
         """Whether none of the modules was imported anew."""
-        return all(_spec_of(name) is spec for name, spec in self.specs.items() if name in sys.modules)
+        return all(name in sys.modules and _spec_of(name) is spec for name, spec in self.specs.items())
 
 
 _SEEN: dict[str, Seen] = {}
@@ -59,10 +59,12 @@ def seen(path: str, load: Callable[[], object] | None = None) -> Seen:
         path: `package.module:object`, which can be imported.
         load: Gives the object, for its state.
     """
+    root = path.partition(":")[0]
+    importlib.import_module(root)
     if path not in _SEEN or not _SEEN[path].still_true():
-        digests = dict(_closure(path.partition(":")[0]))
+        digests = dict(_closure(root))
         held = "" if load is None else checksum(state(load()))
-        _SEEN[path] = Seen(digests, held, {name: _spec_of(name) for name in digests})
+        _SEEN[path] = Seen(digests, held, {name: _spec_of(name) for name in (root, *digests) if name in sys.modules})
     return _SEEN[path]
 
 
@@ -210,5 +212,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _name(thing: object) -> str:
-    named = thing if isinstance(thing, type | types.FunctionType | types.ModuleType) else type(thing)
-    return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', named.__name__)}"
+    if isinstance(thing, types.ModuleType):
+        return thing.__name__
+    named = thing if hasattr(thing, "__qualname__") else type(thing)  # which classes and functions of any kind have
+    return f"{named.__module__}.{named.__qualname__}"
