@@ -71,8 +71,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(sealed, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote. An object without a checksum, of an older version, passes as it is.
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Args:
+        path: The file.
+        sealed: Whether a checksum is demanded; else an object without one, of an older version, passes as it is.
 
     Raises:
         OSError: the file cannot be read.
@@ -83,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError("a JSON object is expected")
 
     value = {key: inner for key, inner in found.items() if key != KEY}
-    if found.get(KEY, _json_checksum(value)) != _json_checksum(value):
+    if found.get(KEY, None if sealed else _json_checksum(value)) != _json_checksum(value):
         raise ValueError("the values contradict their checksum")
     return value
 

@@ -25,6 +25,7 @@ from sapwood.errors import ConfigError, DataError, listed
 from sapwood.experiments import sources, store
 from sapwood.experiments.config import RunConfig
 from sapwood.experiments.fairness import weights_hash
+from sapwood.experiments.store import RunFolder
 from sapwood.methods import find
 
 LIBRARIES = ("torchvision", "timm")  # prefixes of models that come from them
@@ -94,7 +95,7 @@ def structure(model: nn.Module) -> str:
 def read(folder: Path) -> Identity | None:
     """What a run's folder says that it depends on; None where it says nothing, or the file is damaged."""
     try:
-        return files.read_json(folder / store.IDENTITY)
+        return files.read_json(folder / store.IDENTITY, sealed=True)
     except (OSError, ValueError):
         return None
 
@@ -140,33 +141,34 @@ def require_finished(folder: Path, now: Identity) -> None:
         raise ConfigError(refusal([folder], changed))
 
 
-def claim(folder: Path, now: Identity) -> bool:
-    """Writes down what the run in a folder depends on, before anything that does; the folder is locked.
+def claim(here: RunFolder, now: Identity) -> bool:
+    """Writes down what a run depends on, before there is anything that does.
 
     Args:
-        folder: Of the run.
+        here: The run's folder, entered.
         now: What it depends on.
 
     Returns:
-        Whether there is something to go on from, which depends on the same. Files whose record is damaged are removed.
+        Whether there is something to go on from, which depends on the same. Files whose record is damaged are removed,
+        and what was written after the folder was removed.
 
     Raises:
         ConfigError: it depends on something else, or an older version left it that kept no record.
     """
-    there = store.half_done(folder)
-    if there and not (folder / store.IDENTITY).exists():
+    there = here.half_done()
+    if there and here.begun and not (here.path / store.IDENTITY).exists():
         raise ConfigError(
-            f"{folder} holds a run that an older version began, which did not note the data and code that it depends "
-            "on: delete it to begin again, or go on with that version."
+            f"{here.path} holds a run that an older version began, which did not note the data and code that it "
+            "depends on: delete it to begin again, or go on with that version."
         )
-    if there and (changed := changes(folder, now, finished=False)):
-        raise ConfigError(refusal([folder], changed))
+    if there and (changed := changes(here.path, now, finished=False)):
+        raise ConfigError(refusal([here.path], changed))
 
-    goes_on = bool(there) and read(folder) is not None
+    goes_on = bool(there) and read(here.path) is not None
     if not goes_on:
         for file in there:
             file.unlink()
-        files.write_json(folder / store.IDENTITY, now)
+        files.write_json(here.path / store.IDENTITY, now)
     return goes_on
 
 
@@ -216,7 +218,7 @@ def _content_of(paths: Sequence[Path]) -> str:
     except OSError as error:
         raise DataError(f"{error}: restore the file, or remove it from the data set.") from error
     try:
-        return files.read_json(kept)["content"]  # type: ignore[no-any-return]
+        return files.read_json(kept, sealed=True)["content"]  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError):
         pass
     with ThreadPoolExecutor() as pool:

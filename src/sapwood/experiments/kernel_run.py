@@ -24,7 +24,7 @@ from sapwood.experiments.material import create_model, load_data
 from sapwood.experiments.stages import NEW_WEIGHTS, pruned
 from sapwood.experiments.store import RunFolder
 from sapwood.experiments.summary import finished, sparsity
-from sapwood.experiments.weights import NEW, load_new
+from sapwood.experiments.weights import load_new
 from sapwood.masks import Masks
 from sapwood.methods import METHODS
 
@@ -69,7 +69,7 @@ def find_masks(
             bar.update(task, name=config.label)
             net = create_model(model, dataset, seed)
             with RunFolder(out / "masks" / config.id, config) as here:
-                identity.claim(here.path, identity.of(config, dataset, net))
+                identity.claim(here, identity.of(config, dataset, net))
                 masks = pruned(config, net.to(device), dataset, here.path, None)
                 found |= _network(config, masks, dataset, here.path)
             bar.advance(task)
@@ -92,7 +92,7 @@ def _network(config: RunConfig, masks: Masks, dataset: Dataset, folder: Path) ->
     if config.control == "reinit":
         weights[config.label] = create_model(config.model, dataset, config.seed + CONTROL_SEED).state_dict()
     elif masks.provenance.get(NEW_WEIGHTS):
-        weights[config.label] = load_new(folder / NEW, torch.device("cpu"))
+        weights[config.label] = load_new(folder / store.NEW_WEIGHTS, torch.device("cpu"))
     return Networks({config.label: masks}, weights)
 
 

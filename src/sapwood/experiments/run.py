@@ -139,7 +139,7 @@ def _begun(
         return done
     (here.path / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
 
-    if identity.claim(here.path, made_of):
+    if identity.claim(here, made_of):
         where = _joined(here.path / store.ENVIRONMENT, where)
     files.write_json(here.path / store.ENVIRONMENT, where)
     return where

@@ -49,7 +49,7 @@ def pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path, 
     )
     masks = result.masks
     if result.params is not None:
-        weights.save_new(result.params, folder / weights.NEW)
+        weights.save_new(result.params, folder / store.NEW_WEIGHTS)
         result.load_into(model)
         masks = dataclasses.replace(masks, provenance={**masks.provenance, NEW_WEIGHTS: True})
     if config.control in ("shuffle", "shuffle-taps"):
@@ -97,7 +97,7 @@ def _masks_in(folder: Path, config: RunConfig, model: nn.Module) -> Masks | None
         masks = Masks.load(path)
         masks.check(dict(model.named_parameters()))
         if masks.provenance.get(NEW_WEIGHTS):
-            params = weights.load_new(folder / weights.NEW, next(model.parameters()).device)
+            params = weights.load_new(folder / store.NEW_WEIGHTS, next(model.parameters()).device)
             Result(masks, (), 0.0, config.seed, params=params).load_into(model)
         return masks
     except (MaskError, ValueError):

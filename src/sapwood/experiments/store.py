@@ -23,6 +23,8 @@ from sapwood.masks import Masks
 CONFIG, MASKS, METRICS, RESULT = "config.json", "masks.safetensors", "metrics.jsonl", "result.json"
 WEIGHTS, CHECKPOINT, ENVIRONMENT = "weights.safetensors", "checkpoint.pt", "environment.json"
 IDENTITY = "identity.json"
+KEPT_WEIGHTS = "weights-epoch-{}.safetensors"  # after an epoch that is not the last
+NEW_WEIGHTS = "new-weights.safetensors"  # of a method that changes them; training begins there
 COLUMNS = {"epoch", "lr", "train_loss", "test_accuracy", "seconds"}  # of the metrics that others read
 LOCK = "run.lock"  # the operating system frees it when its holder dies
 
@@ -137,12 +139,16 @@ class RunFolder:
         path: The folder.
         config: The run.
         wait: Whether to wait for another process that is in it.
+
+    Attributes:
+        begun: Whether the run had begun when the folder was entered.
     """
 
     def __init__(self, path: Path, config: RunConfig, *, wait: bool = True) -> None:
         self.path, self.config = path, config
         self._wait = wait
         self._place: tuple[int, int] | None = None
+        self.begun = False
 
     def __enter__(self) -> Self:
         """Raises a ConfigError where the folder is another run's, or a file; RunBusyError where somebody is in it."""
@@ -157,7 +163,7 @@ class RunFolder:
 
         try:
             self._place = _place_of(self.path / LOCK)
-            _enter(self.path, self.config)
+            self._enter()
         except BaseException:
             self._lock.release()
             raise
@@ -181,10 +187,18 @@ class RunFolder:
                 "command runs it again."
             )
 
+    def half_done(self) -> list[Path]:
+        """The files that the run would go on from: its own masks with their weights, its checkpoint, kept weights."""
+        prunes = self.config.method != DENSE and self.config.masks is None
+        names = [CHECKPOINT, KEPT_WEIGHTS.format("*"), *([MASKS, NEW_WEIGHTS] if prunes else [])]
+        return [path for name in names for path in sorted(self.path.glob(name))]
 
-def half_done(folder: Path) -> list[Path]:
-    """The files of a run that has begun which it would go on from: masks, weights, checkpoint."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob(CHECKPOINT)])
+    def _enter(self) -> None:
+        self.begun = (self.path / CONFIG).exists()
+        if self.begun:
+            _refuse_other_run(self.path, self.config)
+        remove_remnants(self.path)
+        write_json(self.path / CONFIG, self.config.to_json())
 
 
 def _place_of(file: Path) -> tuple[int, int] | None:
@@ -193,13 +207,6 @@ def _place_of(file: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _enter(folder: Path, config: RunConfig) -> None:
-    if (folder / CONFIG).exists():
-        _refuse_other_run(folder, config)
-    remove_remnants(folder)
-    write_json(folder / CONFIG, config.to_json())
 
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:

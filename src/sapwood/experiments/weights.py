@@ -14,12 +14,10 @@ from sapwood.errors import DataError
 from sapwood.experiments import store
 from sapwood.files import in_one_step
 
-NEW = "new-weights.safetensors"  # of a method that changes them; training begins there
-
 
 def path(folder: Path, epoch: int, last: int) -> Path:
     """The file of the weights after an epoch of `last`."""
-    return folder / (store.WEIGHTS if epoch == last else f"weights-epoch-{epoch}.safetensors")
+    return folder / (store.WEIGHTS if epoch == last else store.KEPT_WEIGHTS.format(epoch))
 
 
 def save(model: nn.Module, file: Path) -> None:

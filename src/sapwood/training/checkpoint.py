@@ -121,6 +121,7 @@ def history_in(path: Path) -> list[Epoch]:
 
 
 def _load(state: State, content: dict[str, Any]) -> None:
+    _refuse_other_schedule(content["schedule"], state.schedule.state_dict())
     _load_tensors(state, content)
     state.schedule.load_state_dict(content["schedule"])
     for group, lr in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
@@ -128,6 +129,13 @@ def _load(state: State, content: dict[str, Any]) -> None:
     state.fabric.strategy.precision.load_state_dict(content["precision"])
     state.generator.set_state(content["generator"])
     state.history[:] = content["history"]
+
+
+def _refuse_other_schedule(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """A schedule itself takes whatever it is given."""
+    alike = found.keys() == own.keys()
+    if not alike or any(isinstance(own[key], int) and not isinstance(found[key], int) for key in own):
+        raise ValueError("the state of another learning-rate schedule")
 
 
 def _load_tensors(state: State, content: dict[str, Any]) -> None:
