@@ -117,6 +117,10 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+def test_one_method_at_one_sparsity_is_drawn_without_a_warning(tmp_path):
+    assert "svg" in rewritten([outcome("dense", 0.0, 0, 98.0), outcome("snip", 0.9, 0, 80.0)], tmp_path)
+
+
 def test_cells_are_mean_and_standard_deviation_over_the_seeds(outcomes):
     summary = summarise(outcomes)
     assert summary.sparsities == (0.9, 0.98)

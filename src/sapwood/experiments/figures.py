@@ -75,6 +75,9 @@ def accuracy(summary: Summary, published: Published) -> Figure:
             axes.plot([(1 - s) * shift for s, _ in known], [value for _, value in known], **{**look, **FAINT})
         if published:
             axes.plot([], [], color=MUTED, label="as published", **FAINT)
+        if len(summary.sparsities) == 1:  # of one point matplotlib makes an axis without length, and warns
+            density = 1 - summary.sparsities[0]
+            axes.set_xlim(density / 2, 2 * density)
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks([1 - s for s in summary.sparsities], [f"{100 * s:g}" for s in summary.sparsities])
