@@ -131,6 +131,16 @@ def changes(folder: Path, now: Identity, *, finished: bool) -> list[str]:
     return [] if before is None else differences(before, now, of_versions=not finished)
 
 
+def require_unchanged(inputs: Identity | None, now: Identity) -> None:
+    """Refuses a run of a comparison that would not be of the data and the code that the others are of.
+
+    Raises:
+        ConfigError: something has changed since the comparison began.
+    """
+    if inputs is not None and (changed := differences(now, inputs)):
+        raise ConfigError(f"While the comparison was going on, {listed(changed)} changed: start it again.")
+
+
 def require_finished(folder: Path, now: Identity) -> None:
     """Lets a finished run be used, if what it depends on is what it was; one of an older version does not say so.
 

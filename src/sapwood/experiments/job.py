@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 
 from sapwood import files
-from sapwood.errors import ConfigError, RunBusyError, SapwoodError, SapwoodWarning, listed
-from sapwood.experiments import identity
+from sapwood.errors import RunBusyError, SapwoodError, SapwoodWarning
 from sapwood.experiments.config import Place, RunConfig
 from sapwood.experiments.identity import Identity
-from sapwood.experiments.material import load_data
 from sapwood.experiments.run import run
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.trackers import tracked
@@ -73,8 +71,15 @@ def attempt(job: Job) -> Outcome:
     try:
         with warnings.catch_warnings(), tracked(job.tracker, job.config, job.folder) as on_epoch:
             warnings.simplefilter("ignore", SapwoodWarning)  # collapsed layers are in the result
-            _check_inputs(job)
-            result = run(job.config, job.folder, job.place, keep=job.keep, on_epoch=on_epoch, wait=job.wait)
+            result = run(
+                job.config,
+                job.folder,
+                job.place,
+                keep=job.keep,
+                on_epoch=on_epoch,
+                wait=job.wait,
+                inputs=job.inputs,
+            )
             return Outcome(job.config, result)
     except RunBusyError as error:
         return Outcome(job.config, None, str(error), busy=True)
@@ -84,15 +89,6 @@ def attempt(job: Job) -> Outcome:
         if isinstance(error, SapwoodError):
             return Outcome(job.config, None, str(error))
         return Outcome(job.config, None, f"{type(error).__name__}: {error}{_kept_traceback(job.folder)}")
-
-
-def _check_inputs(job: Job) -> None:
-    """Refuses a run that would not be of the data and the code that the others are of."""
-    if job.inputs is None:
-        return
-    found = identity.inputs(job.config, load_data(job.config.data, job.config.resolution, job.place))
-    if changed := identity.differences(job.inputs, found):
-        raise ConfigError(f"While the comparison was going on, {listed(changed)} changed: start it again.")
 
 
 def _is_disk_full(error: BaseException) -> bool:

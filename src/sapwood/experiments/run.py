@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
 
 
-def run(
+def run(  # noqa: PLR0913  # what, where, from what, and who hears of it
     config: RunConfig,
     folder: Path,
     place: Place,
@@ -41,6 +41,7 @@ def run(
     on_epoch: Callable[[Epoch], None] | None = None,
     wait: bool = True,
     fabric: Fabric | None = None,
+    inputs: Identity | None = None,
 ) -> RunResult:
     """Runs a config to its end, from wherever an earlier call in the same folder got to.
 
@@ -54,6 +55,7 @@ def run(
         wait: Whether to wait for another process that is at the same run, and take its result.
         fabric: The processes that train together, all of which call this with the same arguments, in place of
             `place.device`; the first of them writes. They prune nothing: the config is dense or comes with masks.
+        inputs: What the data and the code were, see `identity.inputs`, when the comparison began that this is part of.
 
     Raises:
         ConfigError: the data, the model, or somebody's code is not what it was when the run began, or ended.
@@ -70,6 +72,7 @@ def run(
     elif fabric is not None and config.method != DENSE:
         raise ConfigError(f"{fabric.world_size} processes train under masks that are there: prune first.")
     made_of = identity.of(config, dataset, model)
+    identity.require_unchanged(inputs, made_of)
     here = RunFolder(folder, config, wait=wait)
     with ExitStack() as stack:
         begun = first(fabric, lambda: _begun(stack, here, made_of, environment(device, fabric), keep))

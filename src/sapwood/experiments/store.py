@@ -26,6 +26,7 @@ IDENTITY = "identity.json"
 KEPT_WEIGHTS = "weights-epoch-{}.safetensors"  # after an epoch that is not the last
 NEW_WEIGHTS = "new-weights.safetensors"  # of a method that changes them; training begins there
 COLUMNS = {"epoch", "lr", "train_loss", "test_accuracy", "seconds"}  # of the metrics that others read
+FILES = (CONFIG, ENVIRONMENT, IDENTITY, MASKS, NEW_WEIGHTS, METRICS, CHECKPOINT, WEIGHTS, RESULT)
 LOCK = "run.lock"  # the operating system frees it when its holder dies
 
 
@@ -194,6 +195,9 @@ class RunFolder:
         return [path for name in names for path in sorted(self.path.glob(name))]
 
     def _enter(self) -> None:
+        for name in FILES:
+            if (self.path / name).is_dir():
+                raise ConfigError(f"{self.path / name} is a folder where a file of the run belongs: move it away.")
         self.begun = (self.path / CONFIG).exists()
         if self.begun:
             _refuse_other_run(self.path, self.config)
