@@ -432,6 +432,31 @@ def test_state_of_what_refers_to_itself_and_of_what_has_addresses():
     assert files.checksum(sources.state(Held(object()))) == files.checksum(sources.state(Held(object())))
 
 
+def test_a_module_that_a_mask_file_names_is_not_imported(tmp_path, code, capsys):
+    code(evil="raise SystemExit('imported')")
+    masks = Masks({"layers.1.weight": torch.ones(300, 64, dtype=torch.bool)}, {"method": "evil:method"})
+    masks.save(tmp_path / "masks")
+    typed = ["train", "mlp", "--epochs", "1", "--milestones", "--masks", str(tmp_path / "masks"), "--out"]
+    assert main([*typed, str(tmp_path / "out")]) == 0 and "evil" not in sys.modules
+
+
+def test_a_run_that_left_nothing_may_be_of_anything(tmp_path, code, data):
+    code(mine=METHOD.format(imports="", body="raise ValueError('not yet')", score="w"))
+    config = dataclasses.replace(SNIP, method="mine:method")
+    (outcome,) = compare([config], tmp_path / "out", place(data), engine=HERE)
+    assert "not yet" in outcome.error
+    code(mine=METHOD.format(imports="", body="", score="w"))
+    other_pixel(data)
+    (outcome,) = compare([config], tmp_path / "out", place(data), engine=HERE)
+    assert outcome.result is not None, outcome.error
+
+
+def test_a_record_of_another_kind_is_a_damaged_one(tmp_path):
+    for value in ({}, {"data": ""}, {**dict.fromkeys([*identity.TEXTS, *identity.TABLES], "")}):
+        files.write_json(tmp_path / store.IDENTITY, value)
+        assert identity.read(tmp_path) is None
+
+
 # The model.
 
 

@@ -29,7 +29,15 @@ from sapwood.experiments.store import RunFolder
 from sapwood.methods import find
 
 LIBRARIES = ("torchvision", "timm")  # prefixes of models that come from them
-VERSIONS = "versions"
+TEXTS = {
+    "data": "the images or labels of the data set",
+    "method": "the settings of the method's object",
+    "model": "the layers of the model",
+    "weights": "the initial weights of the model",
+}
+"""What an identity has digests of, in words."""
+CODE, VERSIONS = "code", "versions"
+TABLES = (CODE, VERSIONS)  # by the names of modules and libraries
 
 Identity = Mapping[str, Any]
 """JSON values: what `inputs` gives, and the digests of the model and the versions."""
@@ -37,12 +45,12 @@ Identity = Mapping[str, Any]
 
 def inputs(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """What comes from outside: digests of the data, and of the code behind `package.module:object`."""
-    found: dict[str, Any] = {"data": data_digest(dataset), "code": {}, "method": ""}
+    found: dict[str, Any] = {"data": data_digest(dataset), CODE: {}, "method": ""}
     if ":" in config.model and config.model.partition(":")[0] not in LIBRARIES:
-        found["code"] |= sources.seen(config.model).digests
-    if ":" in config.method:
+        found[CODE] |= sources.seen(config.model).digests
+    if ":" in config.method and config.masks is None:  # what a mask file names is not ours to import
         seen = sources.seen(config.method, lambda: find(config.method)[1])
-        found["code"] |= seen.digests
+        found[CODE] |= seen.digests
         found["method"] = seen.state
     return found
 
@@ -95,9 +103,11 @@ def structure(model: nn.Module) -> str:
 def read(folder: Path) -> Identity | None:
     """What a run's folder says that it depends on; None where it says nothing, or the file is damaged."""
     try:
-        return files.read_json(folder / store.IDENTITY, sealed=True)
+        found = files.read_json(folder / store.IDENTITY, sealed=True)
     except (OSError, ValueError):
         return None
+    whole = found.keys() == {*TEXTS, *TABLES} and all(isinstance(found[key], dict) for key in TABLES)
+    return found if whole else None
 
 
 def differences(before: Identity, now: Identity, *, of_versions: bool = True) -> list[str]:
@@ -108,14 +118,8 @@ def differences(before: Identity, now: Identity, *, of_versions: bool = True) ->
         now: As it is.
         of_versions: Whether another version of Sapwood or torch counts.
     """
-    told = {
-        "data": "the images or labels of the data set",
-        "method": "the settings of the method's object",
-        "model": "the layers of the model",
-        "weights": "the initial weights of the model",
-    }
-    changed = [words for key, words in told.items() if key in now and before.get(key) != now[key]]
-    changed += [f"the source of {module}" for module in _unequal(before, now, "code")]
+    changed = [words for key, words in TEXTS.items() if key in now and before.get(key) != now[key]]
+    changed += [f"the source of {module}" for module in _unequal(before, now, CODE)]
     if of_versions and VERSIONS in now:
         names = _unequal(before, now, VERSIONS)
         changed += [f"{name} ({_version(before, name)}, now {_version(now, name)})" for name in names]

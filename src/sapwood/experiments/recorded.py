@@ -11,7 +11,7 @@ from sapwood.experiments import identity, levels, store
 from sapwood.experiments.config import Place, RunConfig
 from sapwood.experiments.identity import Identity
 from sapwood.experiments.material import create_model, load_data
-from sapwood.experiments.store import RunResult
+from sapwood.experiments.store import RunFolder, RunResult
 
 Results = Mapping[str, RunResult | None]
 
@@ -62,7 +62,7 @@ def check(configs: Sequence[RunConfig], results: Results, out: Path, place: Plac
 def _changed(
     configs: Sequence[RunConfig], out: Path, place: Place, results: Results
 ) -> Iterator[tuple[Path, list[str]]]:
-    """What has changed for each run, by its folder, if anything has."""
+    """What has changed for each run that has left something, by its folder."""
     models: dict[object, Identity] = {}
     for config in configs:
         dataset = load_data(config.data, config.resolution, place)
@@ -71,9 +71,11 @@ def _changed(
             models[key] = identity.of_model(config, create_model(config.model, dataset, config.seed))
 
         now = {**identity.inputs(config, dataset), **models[key]}
-        finished = store.read_result(run_folder(out, config)) is not None
-        if found := identity.changes(run_folder(out, config), now, finished=finished):
-            yield run_folder(out, config), found
+        folder = run_folder(out, config)
+        finished = store.read_result(folder) is not None
+        changed = identity.changes(folder, now, finished=finished)
+        if changed and (finished or RunFolder(folder, config).half_done()):
+            yield folder, changed
 
 
 def _warn(message: str) -> None:
