@@ -490,6 +490,12 @@ def test_initial_weights_follow_from_the_seed_whichever_generator_draws_them(cod
     assert torch.equal(first, second) and not (first == other).any()
 
 
+def test_the_library_of_a_model_counts_with_its_version():
+    timm = pytest.importorskip("timm", reason="the extra 'vision' is not installed")
+    assert identity.versions("timm:resnet18")["timm"] == timm.__version__
+    assert set(identity.versions("mlp")) == {"sapwood", "torch"}
+
+
 # Versions, and runs that go on.
 
 

@@ -7,7 +7,7 @@ wherever something that was computed before is about to be used: a finished run,
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -73,9 +73,9 @@ def of_model(config: RunConfig, model: nn.Module) -> dict[str, Any]:
 
 def versions(model: str = "") -> dict[str, str]:
     """The versions of what computes, without what they were built for, and of the library that a model is from."""
-    library = [name for name in LIBRARIES if model.startswith(f"{name}:")]
     found = {"sapwood": sapwood.__version__, "torch": torch.__version__}
-    found |= {name: importlib.metadata.version(name) for name in library}
+    if (library := model.partition(":")[0]) in LIBRARIES:
+        found[library] = str(getattr(importlib.import_module(library), "__version__", "unknown"))
     return {name: version.partition("+")[0] for name, version in found.items()}
 
 
