@@ -24,7 +24,7 @@ ROUNDS = int(os.environ.get("SAPWOOD_FUZZ", "400"))
 CPU = Place("cpu", offline=True)
 SHORT = TrainConfig(epochs=2, milestones=(), lr=0.05, seed=ORDER_SEED)
 SNIP = RunConfig("digits", "mlp", "snip", 0.1, per_class=1, train=SHORT)
-LENGTHS = [12, pytest.param(ROUNDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+LENGTHS = [8, pytest.param(ROUNDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 
 
 class Stop(BaseException):

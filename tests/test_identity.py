@@ -168,7 +168,8 @@ def test_changed_images_are_refused_in_a_sentence_and_nothing_is_touched(tmp_pat
 
 
 @pytest.mark.trap(90)
-def test_compare_refuses_before_anything_is_run_and_says_it_once(tmp_path, data, capsys):
+def test_compare_refuses_before_anything_is_run_and_says_it_once(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setattr("sapwood.experiments.report.write_report", lambda outcomes, out, *_, **__: out / "report.html")
     typed = ["compare", "--data", "folder", "--model", "mlp", "--methods", "snip", "--sparsities", "0.5", "--seeds"]
     typed += ["0", "1", "--per-class", "2", "--epochs", "1", "--milestones", "--workers", "1"]
     typed += ["--out", str(tmp_path / "out"), "--data-root"]
@@ -347,7 +348,8 @@ def test_an_edited_model_is_another_model(tmp_path, code, what):
 
 
 @pytest.mark.trap(91)
-def test_a_kernel_of_an_edited_forward_is_computed_again(tmp_path, code, capsys):
+def test_a_kernel_of_an_edited_forward_is_computed_again(tmp_path, code, capsys, monkeypatch):
+    monkeypatch.setattr("sapwood.experiments.figures.save", lambda *_: None)
     code(mynet=MODEL.format(imports="", activation="torch.relu"))
     typed = ["ntk", "mynet:net", "--method", "random", "--sparsity", "0.5", "--per-class", "1", "--out"]
     assert main([*typed, str(tmp_path / "out")]) == 0

@@ -21,7 +21,19 @@ def program(typed, tmp_path, **environment):
     return subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("both", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_reader_that_has_left_costs_neither_the_report_nor_the_exit_code(tmp_path, monkeypatch):
+    """The short form of the next test, in this process."""
+    reports, (reader, writer) = [], os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    monkeypatch.setattr("sapwood.experiments.report.write_report", lambda outcomes, out, *_, **__: reports.append(out))
+    assert main([*COMPARISON.split(), "--sparsities", "0.5", "0.9999999", "--out", str(tmp_path)]) == 1
+    assert reports == [tmp_path]
+    sys.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
 def test_a_reader_that_leaves_costs_neither_the_report_nor_the_exit_code(tmp_path, both):
     typed = [*COMPARISON.split(), "--sparsities", "0.5", "0.9999999", "--out", "out"]
     with program(typed, tmp_path) as process:

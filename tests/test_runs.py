@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from processes import PATH
 from sapwood import Masks, files
 from sapwood.cli import main
 from sapwood.errors import DataError, SapwoodError
-from sapwood.experiments import store
+from sapwood.experiments import figures, store
 from sapwood.experiments.config import ORDER_SEED, Place, RunConfig
 from sapwood.experiments.job import Job, attempt
 from sapwood.experiments.run import run
@@ -146,7 +147,21 @@ COMPARE += ["--epochs", "1", "--milestones", "--workers", "1", "--out"]
 
 
 @pytest.mark.trap(94)
-@pytest.mark.parametrize("name", ["accuracy.svg", "report.html"])
+@pytest.mark.parametrize("name", ["accuracy.svg", "accuracy.png"])
+def test_a_full_disk_leaves_no_half_of_a_figure(tmp_path, monkeypatch, name):
+    def full(path):
+        if path.name.startswith(f".{name}."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(OSError, match=name):
+        figures.save(Figure((1, 1)), tmp_path / "accuracy")
+    assert {path.name for path in tmp_path.iterdir()} <= {"accuracy.svg"} - {name}
+
+
+@pytest.mark.slow
+@pytest.mark.trap(94)
+@pytest.mark.parametrize("name", ["accuracy.svg", "accuracy.png", "results.csv", "report.md", "report.html"])
 def test_a_full_disk_leaves_no_half_of_a_reports_file(tmp_path, monkeypatch, capsys, name):
     real = files._sync
 

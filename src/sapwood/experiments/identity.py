@@ -36,6 +36,7 @@ TEXTS = {
     "weights": "the initial weights of the model",
 }
 """What an identity has digests of, in words."""
+SHOWN = 20  # runs in a sentence
 CODE, VERSIONS = "code", "versions"
 TABLES = (CODE, VERSIONS)  # by the names of modules and libraries
 
@@ -187,12 +188,15 @@ def claim(here: RunFolder, now: Identity) -> bool:
 
 
 def refusal(folders: Sequence[Path], changed: Iterable[str]) -> str:
-    """One sentence: what has changed since these folders were written, and what to do."""
-    shown = ", ".join(str(folder) for folder in folders[:3]) + (", ..." if len(folders) > 3 else "")
-    what = "holds a run" if len(folders) == 1 else f"({len(folders)} folders) hold runs"
+    """One sentence: what has changed since these folders, of one comparison, were written, and what to do."""
+    if len(folders) == 1:
+        what, them = f"{folders[0]} holds a run", "it"
+    else:
+        names = ", ".join(folder.name for folder in folders[:SHOWN]) + (", ..." if len(folders) > SHOWN else "")
+        what, them = f"{folders[0].parent} holds {len(folders)} runs ({names})", "them"
     return (
-        f"{shown} {what} of something else: since then {listed(list(changed))} changed. Choose another folder (--out), "
-        "or delete what is there to run it again."
+        f"{what} of something else: since then {listed(list(changed))} changed. Choose another folder (--out), or "
+        f"delete {them} to run {them} again."
     )
 
 
