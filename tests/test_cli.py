@@ -250,6 +250,7 @@ def test_train_under_masks_keeps_zeros_and_writes_the_result(mask_file, tmp_path
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
         "environment.json",
+        "identity.json",
         "metrics.jsonl",
         "result.json",
         "run.lock",

@@ -10,7 +10,7 @@ from torch import nn
 
 import sapwood.experiments.stages as runs
 from nets import NETS
-from sapwood import Masks
+from sapwood import Masks, files
 from sapwood.experiments import cost, store
 from sapwood.experiments.config import ORDER_SEED, Place
 from sapwood.experiments.grid import Grid
@@ -75,7 +75,7 @@ def test_results_from_before_these_fields_are_still_read(tmp_path):
     later = {f.name for f in dataclasses.fields(RunResult) if f.default is not dataclasses.MISSING}
     assert {"prune_memory", "train_memory", "flops", "effective", "init_hash", "order_hash"} < later
     old = {name: value for name, value in dataclasses.asdict(new).items() if name not in later}
-    store.write_json(tmp_path / store.RESULT, old)
+    files.write_json(tmp_path / store.RESULT, old)
     read = store.read_result(tmp_path)
     assert (read.flops, read.effective, read.init_hash) == (None, None, "")
     assert dataclasses.replace(new, **{name: getattr(read, name) for name in later}) == read

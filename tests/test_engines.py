@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from processes import PATH
-from sapwood import Masks
+from sapwood import Masks, files
 from sapwood.errors import ConfigError, RunBusyError, SapwoodError
 from sapwood.experiments import engines, store
 from sapwood.experiments.compare import compare, run_folder
@@ -268,7 +268,7 @@ def test_slurm_parameters_are_checked(tmp_path, engine, said):
 
 
 def test_second_process_waits_or_comes_back_busy(tmp_path):
-    with store.opened(tmp_path, RANDOM):
+    with store.RunFolder(tmp_path, RANDOM):
         with pytest.raises(RunBusyError, match="Another process"):
             run(RANDOM, tmp_path, CPU, wait=False)
         outcome = attempt(Job(RANDOM, tmp_path, CPU))
@@ -279,7 +279,7 @@ def test_second_process_waits_or_comes_back_busy(tmp_path):
 def test_run_of_another_process_is_left_for_last_and_its_result_taken(tmp_path):
     configs = grid("random", "magnitude")
     with contextlib.ExitStack() as other:
-        other.enter_context(store.opened(run_folder(tmp_path, configs[0]), configs[0]))
+        other.enter_context(store.RunFolder(run_folder(tmp_path, configs[0]), configs[0]))
         seen = []
 
         def take(outcome, fresh):
@@ -295,7 +295,7 @@ def test_lock_and_remnants_of_a_killed_process_are_no_obstacle(tmp_path):
     script = (
         "import os, pathlib, sys; from sapwood.experiments import store; import test_engines as t\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "with store.opened(folder, t.RANDOM):\n"
+        "with store.RunFolder(folder, t.RANDOM):\n"
         "    (folder / '.config.json.1.tmp').write_text('{'); os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -353,12 +353,12 @@ def test_damaged_file_is_noticed_and_redone(tmp_path, undisturbed, name, moment,
     assert outcome.result is not None, outcome.error
     assert outcome.result.test_accuracy == expected.test_accuracy
     assert Masks.load(folder / "masks.safetensors") == Masks.load(whole / "masks.safetensors")
-    assert len(store.read_rows(folder / "metrics.jsonl")) == 2
+    assert len(files.read_rows(folder / "metrics.jsonl")) == 2
     assert json.loads((folder / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
 
 
 def test_config_of_an_older_version_is_not_another_run(tmp_path):
-    store.write_json(tmp_path / "config.json", {k: v for k, v in RANDOM.to_json().items() if k != "control"})
+    files.write_json(tmp_path / "config.json", {k: v for k, v in RANDOM.to_json().items() if k != "control"})
     assert run(RANDOM, tmp_path, CPU).epochs == 2
     with pytest.raises(ConfigError, match="differs in control"):
         run(dataclasses.replace(RANDOM, control="shuffle"), tmp_path, CPU)
@@ -366,7 +366,7 @@ def test_config_of_an_older_version_is_not_another_run(tmp_path):
 
 def test_environment_lies_beside_the_config(undisturbed):
     folder, result = undisturbed
-    assert store.read_json(folder / "environment.json") == result.environment
+    assert files.read_json(folder / "environment.json") == result.environment
 
 
 # A full disk.
@@ -378,9 +378,9 @@ def check_full(call):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("victim", ["write_rows", "write_result"])
-def test_full_disk_stops_the_sweep_with_one_sentence(tmp_path, monkeypatch, victim):
-    configs, real, calls = grid("random", "magnitude"), getattr(store, victim), []
+@pytest.mark.parametrize(("module", "victim"), [(files, "write_rows"), (store, "write_result")])
+def test_full_disk_stops_the_sweep_with_one_sentence(tmp_path, monkeypatch, module, victim):
+    configs, real, calls = grid("random", "magnitude"), getattr(module, victim), []
 
     def write(*args):
         calls.append(args)
@@ -389,7 +389,7 @@ def test_full_disk_stops_the_sweep_with_one_sentence(tmp_path, monkeypatch, vict
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, victim, write)
+        patch.setattr(module, victim, write)
         if victim == "write_result":
             calls.extend([None] * 3)  # the second result finds no room
         check_full(lambda: compare(configs, tmp_path, CPU, engine=HERE))

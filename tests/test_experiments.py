@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapwood import Masks, prune
+from sapwood import Masks, files, prune
 from sapwood.cli import main
 from sapwood.data import load, pruning_batches
 from sapwood.errors import BudgetError, ConfigError, DataError
@@ -154,7 +154,7 @@ def test_run_prunes_the_seeds_model_with_the_library(tmp_path):
     assert masks == expected.masks
     assert result.layers == {name: tuple(count) for name, count in masks.per_layer().items()}
     assert result.prune_seconds > 0
-    rows = store.read_rows(tmp_path / "metrics.jsonl")
+    rows = files.read_rows(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2]
     assert result.test_accuracy == rows[-1]["test_accuracy"]
     assert not (tmp_path / "checkpoint.pt").exists()
@@ -204,7 +204,7 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path):
     assert seen == [2]
     assert (tmp_path / "cut/masks.safetensors").stat().st_mtime_ns == masks
     assert resumed.test_accuracy == whole.test_accuracy
-    losses = [[row["train_loss"] for row in store.read_rows(tmp_path / n / "metrics.jsonl")] for n in ("whole", "cut")]
+    losses = [[row["train_loss"] for row in files.read_rows(tmp_path / n / "metrics.jsonl")] for n in ("whole", "cut")]
     assert losses[0] == losses[1]
 
 

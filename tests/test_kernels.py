@@ -8,14 +8,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sapwood import Masks, ntk
 from sapwood.cli import main
 from sapwood.data import load, pruning_batches
-from sapwood.experiments import kernel_figures, kernel_report, kernel_run, kernels, store
-from sapwood.experiments.config import Place
+from sapwood.experiments import kernel_figures, kernel_report, kernel_run, kernels
+from sapwood.experiments.config import CONTROL_SEED, Place
 from sapwood.experiments.kernels import KernelConfig, Network, Spectra
 from sapwood.experiments.material import create_model
+from sapwood.files import read_json
 from test_report import Page, outcome, rewritten
 
 RUN = ["ntk", "mlp", "--sparsity", "0.9", "--per-class", "1", "--batch-size", "5"]
@@ -67,7 +69,7 @@ def test_page_csv_and_figures(out):
         rows = list(csv.DictReader(file))
     found = Spectra.load(out / "ntk.json").networks
     assert [float(row["largest"]) for row in rows] == pytest.approx([n.eigenvalues[0] for n in found], rel=1e-5)
-    trained = store.read_json(out / "dynamics.json")
+    trained = read_json(out / "dynamics.json")
     assert list(trained) == [n.label for n in found]
     assert len({d["rate"] for d in trained.values()}) == 1
     assert all(len(d["loss"]) == len(d["predicted"]) == 5 for d in trained.values())
@@ -143,13 +145,11 @@ def spectra_of(*labels):
     return Spectra({"model": "mlp", "data": "digits", "images": 3}, (one, *others))
 
 
-def test_the_report_shows_kernels_where_they_were_computed(tmp_path):
+def test_the_report_shows_the_kernels_that_it_is_given(tmp_path):
     outcomes = [outcome("dense", 0.0, 0, 98.0), outcome("snip", 0.98, 0, 80.0), outcome("a<b>", 0.98, 0, 10.0)]
     without = rewritten(outcomes, tmp_path / "without")
     assert "Tangent kernels" not in without
-    (tmp_path / "with").mkdir()
-    spectra_of("snip", "a<b>").save(tmp_path / "with/ntk.json")
-    text = rewritten(outcomes, tmp_path / "with")
+    text = rewritten(outcomes, tmp_path / "with", spectra=spectra_of("snip", "a<b>"))
     page = Page(text)
     assert page.open == [] and page.tags.count("svg") == 5 and len(page.ids) == len(set(page.ids))
     said = " ".join("".join(page.text).split())
@@ -177,3 +177,60 @@ def test_compare_computes_kernels_on_request(tmp_path, capsys, monkeypatch):
 def test_settings_say_what_the_numbers_depend_on():
     found = kernel_run.setup(spectra_of("snip"), Place("cpu"))
     assert found["CPU seconds of a kernel"] == "dense 1, snip 1" and "torch" in found
+
+
+@pytest.mark.parametrize("method", ["imp", "lr-rewinding", "magnitude-after", "snip@retrain=fine-tune"])
+def test_a_method_that_prunes_after_training_is_refused_by_its_name(tmp_path, capsys, method):
+    assert main([*RUN, "--method", "magnitude", method, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{method!r} trains the network before it prunes it" in line and "--masks" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_reinit_shows_the_kernel_of_the_weights_that_it_trains(tmp_path):
+    """Computed here again: the method's masks over the weights of the control's seed."""
+    assert main([*RUN, "--method", "snip", "snip@control=reinit", "--out", str(tmp_path)]) == 0
+    found = {network.label: network for network in Spectra.load(tmp_path / "ntk.json").networks}
+    assert found["snip"].eigenvalues != found["snip@control=reinit"].eigenvalues
+    data = load("digits")
+    (images, _), *_ = pruning_batches(data, per_class=1, seed=0)
+    masks = [Masks.load(file) for file in tmp_path.glob("masks/*/masks.safetensors")]
+    assert masks[0] == masks[1]
+    gram = ntk.kernel(create_model("mlp", data, CONTROL_SEED), images, masks[0], batchnorm="train", batch_size=5)
+    assert found["snip@control=reinit"].trace == pytest.approx(ntk.spectrum(gram).trace, rel=1e-4)
+
+
+def test_a_method_that_changes_weights_shows_the_kernel_of_those(tmp_path):
+    command = ["ntk", "mlp", "--per-class", "1", "--method", "obs", "--sparsity", "0.02"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("masks/*/new-weights.safetensors")
+    data = load("digits")
+    model = create_model("mlp", data, 0)
+    model.load_state_dict({**model.state_dict(), **load_file(file)})
+    (images, _), *_ = pruning_batches(data, per_class=1, seed=0)
+    gram = ntk.kernel(model, images, Masks.load(file.with_name("masks.safetensors")), batchnorm="train")
+    found = {network.label: network for network in Spectra.load(tmp_path / "ntk.json").networks}
+    assert found["obs"].trace == pytest.approx(ntk.spectrum(gram).trace, rel=1e-4)
+    assert found["obs"].trace != pytest.approx(found["dense"].trace, rel=1e-4)
+
+
+def test_a_second_comparison_in_a_folder_does_not_show_the_kernels_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("sapwood.cli.compare.KernelConfig", lambda: KernelConfig(per_class=1))
+    command = ["compare", "--model", "mlp", "--methods", "magnitude", "--epochs", "1", "--milestones", "--workers", "1"]
+    command += ["--out", str(tmp_path)]
+    assert main([*command, "--sparsities", "0.9", "--seeds", "0", "--ntk", "0.9"]) == 0
+    assert "Tangent kernels" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert main([*command, "--sparsities", "0.5", "--seeds", "1"]) == 0
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "Tangent kernels" not in text and "90" not in text.partition("How it was made")[0].partition("<svg")[0]
+
+
+def test_kernels_of_a_comparison_leave_out_what_does_not_begin_from_initial_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sapwood.cli.compare.KernelConfig", lambda: KernelConfig(per_class=1))
+    command = ["compare", "--model", "mlp", "--methods", "imp@rate=0.5", "magnitude-after", "snip@control=reinit"]
+    command += ["--sparsities", "0.5", "--seeds", "0", "--epochs", "1", "--milestones", "--workers", "1"]
+    assert main([*command, "--ntk", "0.5", "--out", str(tmp_path)]) == 0
+    labels = [network.label for network in Spectra.load(tmp_path / "ntk.json").networks]
+    assert labels == ["dense", "imp@rate=0.5", "snip@control=reinit"]
+    assert "No kernel of magnitude-after: it does not begin from initial weights." in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sapwood import Masks, prune
+from sapwood import Masks, files, prune
 from sapwood.data import load, pruning_batches
 from sapwood.errors import ConfigError, SapwoodError
 from sapwood.experiments import levels, store, tables
@@ -166,7 +166,7 @@ class TestInvariants:
         (_, _, _, _), (start, masks, config, _) = trainings
         assert equal(start, load_file(tmp_path / DENSE.id / "weights-epoch-1.safetensors"))
         assert config == dataclasses.replace(SHORT, start_epoch=1) and masks.density == pytest.approx(0.8, abs=1e-3)
-        (row,) = store.read_rows(tmp_path / dataclasses.replace(IMP, density=0.8, rewind_epoch=1).id / "metrics.jsonl")
+        (row,) = files.read_rows(tmp_path / dataclasses.replace(IMP, density=0.8, rewind_epoch=1).id / "metrics.jsonl")
         assert row["epoch"] == 2 and row["lr"] == pytest.approx(0.005)
         assert (result.epochs, result.prior_epochs, whole.prior_epochs) == (1, 2, 0)
 
@@ -179,7 +179,7 @@ class TestInvariants:
         go(FINE, tmp_path)
         (_, _, _, trained), (start, _, _, _) = trainings
         assert equal(start, trained)
-        rows = store.read_rows(tmp_path / FINE.id / "metrics.jsonl")
+        rows = files.read_rows(tmp_path / FINE.id / "metrics.jsonl")
         assert [row["lr"] for row in rows] == pytest.approx([0.005, 0.005])
 
     def test_keeping_everything_and_going_back_to_the_start_is_the_dense_training(self, tmp_path, trainings):
@@ -296,7 +296,7 @@ class TestResuming:
             go(DENSE, tmp_path, on_epoch=kill)
         go(DENSE, tmp_path, keep=(1,))
         assert (tmp_path / DENSE.id / "weights-epoch-1.safetensors").exists()
-        assert [row["epoch"] for row in store.read_rows(tmp_path / DENSE.id / "metrics.jsonl")] == [1, 2]
+        assert [row["epoch"] for row in files.read_rows(tmp_path / DENSE.id / "metrics.jsonl")] == [1, 2]
 
     def test_folders_from_before_there_was_retraining_are_read(self, tmp_path):
         go(DENSE, tmp_path)

@@ -132,6 +132,7 @@ def shortened(config):
 def one_step(name, methods, folder, monkeypatch, settings=()):
     classes = estimate.FACTS[load(name).grid.data].classes
     images = classes if methods is None or classes == 10 else 4  # methods that score on labels need all classes
+    images = math.ceil(images / load(name).train.share)  # of every class a share must be left
     monkeypatch.setattr(
         "sapwood.experiments.run.load_data",
         lambda data, resolution, place: estimate.synthetic(data, resolution, images=images),

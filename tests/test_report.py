@@ -17,12 +17,14 @@ import pytest
 from PIL import Image
 from scipy.stats import f, t, ttest_rel
 
+from sapwood import files
+from sapwood.errors import listed
 from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import CONTROLS, RunConfig
 from sapwood.experiments.looks import looks
 from sapwood.experiments.pairs import differences
-from sapwood.experiments.report import listed, sentence, write_report
+from sapwood.experiments.report import sentence, write_report
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.summary import frame, summarise
 from sapwood.experiments.tables import problems, unequal
@@ -85,7 +87,7 @@ def rewritten(outcomes, folder, **options):
             run = run_folder(folder, found.config)
             run.mkdir(parents=True)
             rows = [{"epoch": e, "train_loss": 1.0 / e, "test_accuracy": found.result.test_accuracy} for e in (1, 2)]
-            store.write_rows(run / store.METRICS, rows)
+            files.write_rows(run / store.METRICS, rows)
     return write_report(outcomes, folder, COMMAND, **options).read_text(encoding="utf-8")
 
 
@@ -113,6 +115,10 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+def test_one_method_at_one_sparsity_is_drawn_without_a_warning(tmp_path):
+    assert "svg" in rewritten([outcome("dense", 0.0, 0, 98.0), outcome("snip", 0.9, 0, 80.0)], tmp_path)
 
 
 def test_cells_are_mean_and_standard_deviation_over_the_seeds(outcomes):

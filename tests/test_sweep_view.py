@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from processes import PATH
+from sapwood import files
 from sapwood.errors import ConfigError
-from sapwood.experiments import store, trackers
+from sapwood.experiments import trackers
 from sapwood.experiments.compare import Outcome, compare, run_folder
 from sapwood.experiments.config import ORDER_SEED, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
@@ -39,16 +40,16 @@ def row(epoch, **fields):
 
 def test_status_of_a_run_from_its_beginning_to_its_end(tmp_path):
     assert status(SNIP, tmp_path, 0) is None
-    store.write_json(tmp_path / "config.json", SNIP.to_json())
+    files.write_json(tmp_path / "config.json", SNIP.to_json())
     assert status(SNIP, tmp_path, 0) == Status(SNIP, None)  # it prunes
     assert status(dataclasses.replace(SNIP, method="dense"), tmp_path, 0).epoch == 0
     (tmp_path / "masks.safetensors").touch()
     assert status(SNIP, tmp_path, 0) == Status(SNIP, 0)
-    store.write_rows(tmp_path / "metrics.jsonl", [row(1), row(2)])
+    files.write_rows(tmp_path / "metrics.jsonl", [row(1), row(2)])
     # Two epochs of 10 and 20 s are done, two are left.
     assert status(SNIP, tmp_path, 0) == Status(SNIP, 2, 52.0, 1234.5, 30.0)
     assert status(SNIP, tmp_path, time.time() + 5) is None  # of an earlier sweep, not of this one
-    store.write_text(tmp_path / "metrics.jsonl", '{"epoch"')
+    files.write_text(tmp_path / "metrics.jsonl", '{"epoch"')
     assert status(SNIP, tmp_path, 0) == Status(SNIP, 0)
     (tmp_path / "result.json").touch()
     assert status(SNIP, tmp_path, 0) is None
@@ -61,9 +62,9 @@ def test_lines_are_drawn_in_a_terminal_and_go_with_their_runs(tmp_path):
     with bar:
         folder = run_folder(tmp_path, SNIP)
         folder.mkdir(parents=True)
-        store.write_json(folder / "config.json", SNIP.to_json())
+        files.write_json(folder / "config.json", SNIP.to_json())
         (folder / "masks.safetensors").touch()
-        store.write_rows(folder / "metrics.jsonl", [row(1)])
+        files.write_rows(folder / "metrics.jsonl", [row(1)])
         bar.refresh()
         drawn = shown.getvalue()
         for part in ("snip", "90 %", "seed 0", "epoch 1/4", "51.00 %", "1,234 images/s", "0:00:30 left", "0/2"):
@@ -106,7 +107,7 @@ def test_nothing_is_drawn_elsewhere(tmp_path):
 
 def tracked_run(tmp_path, tracker):
     compare([SNIP], tmp_path, CPU, engine=EngineConfig(workers=1), tracker=tracker)
-    return store.read_rows(run_folder(tmp_path, SNIP) / "metrics.jsonl")
+    return files.read_rows(run_folder(tmp_path, SNIP) / "metrics.jsonl")
 
 
 def test_tensorboard_has_every_epoch_also_of_a_resumed_run(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,8 @@ def for_the_user(show: Callable[..., None]) -> Callable[..., None]:
             show(message, category, filename, *args, **kwargs)
 
     return shown
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

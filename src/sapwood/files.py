@@ -61,8 +61,8 @@ def write_in_one_step(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file (UTF-8) in one step."""
-    write_in_one_step(path, text.encode())
+    """Replaces a text file (UTF-8) in one step; what UTF-8 lacks, as in some names of files, is escaped."""
+    write_in_one_step(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -71,8 +71,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(sealed, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote. An object without a checksum, of an older version, passes as it is.
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Args:
+        path: The file.
+        sealed: Whether a checksum is demanded; else an object without one, of an older version, passes as it is.
 
     Raises:
         OSError: the file cannot be read.
@@ -83,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError("a JSON object is expected")
 
     value = {key: inner for key, inner in found.items() if key != KEY}
-    if found.get(KEY, _json_checksum(value)) != _json_checksum(value):
+    if found.get(KEY, None if sealed else _json_checksum(value)) != _json_checksum(value):
         raise ValueError("the values contradict their checksum")
     return value
 
@@ -110,6 +114,20 @@ def digest(path: Path) -> str:
     """The SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """Changes with any of these files, without reading them: of their names, sizes, times and places on the disk.
+
+    Raises:
+        OSError: a file is not there.
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        facts = (os.fsencode(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        found.update(repr(facts).encode())
+    return found.hexdigest()
 
 
 def remove_remnants(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +20,18 @@ from torch import Tensor, nn
 from sapwood.errors import UnsupportedModelError
 from sapwood.names import Passing, wrapped
 
+_alone = threading.RLock()  # what is changed and put back here belongs to the whole process
+
+
+def _fresh_lock() -> None:
+    """A forked process has none of the threads that might hold the lock."""
+    global _alone
+    _alone = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fresh_lock)
+
 
 @contextmanager
 def isolated(seed: int, device: torch.device) -> Iterator[None]:
@@ -27,7 +41,14 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
     surrounds the call), tensors that are made without a device have values, attention takes its ordinary path, which
     autograd can differentiate twice, and what torch says of functions of its own that it is about to drop stays unsaid:
     nobody outside of torch can act on it.
+
+    All of these belong to the process, so that one thread at a time is inside, and others wait. It may enter again.
     """
+    with _alone:
+        yield from _isolated(seed, device)
+
+
+def _isolated(seed: int, device: torch.device) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = [device] if device.type == "cuda" else []

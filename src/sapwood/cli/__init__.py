@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import shlex
 import sys
 import warnings
@@ -50,18 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a run of a comparison failed; 2 for what the user can put right; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a pipe may know fewer characters than we print
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), terminal.legible():
         warnings.simplefilter("always", SapwoodWarning)
         warnings.showwarning = for_the_user(lambda message, *_, **__: terminal.complain("warning", message))
+        code = 0
         try:
-            return parsed(argv)(shlex.join(["sapwood", *argv]))
-        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            with terminal.reader_may_leave():
+                code = parsed(argv)(shlex.join(["sapwood", *argv]))
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+            return code
         except (SapwoodError, OSError) as error:
             terminal.complain("error", error)
+            terminal.drop_unwritable()
             return USAGE
         except (MemoryError, RuntimeError) as error:
             if not _is_of_memory(error):

@@ -10,7 +10,7 @@ from pathlib import Path
 from sapwood.checks import Processes
 from sapwood.cli.flags import OptionalFolder, Training
 from sapwood.errors import ConfigError
-from sapwood.experiments import terminal
+from sapwood.experiments import kernel_run, terminal
 from sapwood.experiments.compare import compare
 from sapwood.experiments.config import DENSE, Place, RunConfig
 from sapwood.experiments.engines import EngineConfig
@@ -75,12 +75,12 @@ def compare_and_report(  # the runs, where, how, and what is told of them
     if len(failed) < len(outcomes):
         from sapwood.experiments.report import write_report  # here, because matplotlib takes a second to import
 
-        terminal.show(terminal.comparison_table(summarise(outcomes)))
-        if ntk is not None:
-            from sapwood.experiments import kernel_run
-
-            kernel_run.of_comparison(outcomes, out, ntk, KernelConfig(), place)
-        print(write_report(outcomes, out, typed, expected=expected))
+        spectra = None if ntk is None else kernel_run.of_comparison(outcomes, out, ntk, KernelConfig(), place)
+        # Before anything is shown: whoever reads it may have gone.
+        report = write_report(outcomes, out, typed, expected=expected, spectra=spectra)
+        with terminal.reader_may_leave():
+            terminal.show(terminal.comparison_table(summarise(outcomes)))
+            print(report, flush=True)
     return FAILED if failed else 0
 
 

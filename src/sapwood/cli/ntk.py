@@ -65,6 +65,7 @@ class Ntk:
 
         from sapwood.experiments.kernel_report import table, write_page  # here, because matplotlib takes a second
 
+        page = write_page(spectra, out, typed, kernel_run.setup(spectra, self.place), trained)
         terminal.show(table(spectra.networks))
-        print(write_page(spectra, out, typed, kernel_run.setup(spectra, self.place), trained))
+        print(page)
         return 0

@@ -8,11 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 from sapwood.errors import SapwoodError
-from sapwood.experiments import engines, levels, trackers
+from sapwood.experiments import engines, identity, levels, recorded, trackers
 from sapwood.experiments.config import Place, RunConfig
 from sapwood.experiments.engines import Engine, EngineConfig
 from sapwood.experiments.job import Job, Outcome
-from sapwood.experiments.material import create_model, load_data
+from sapwood.experiments.material import load_data
+from sapwood.experiments.recorded import run_folder
 from sapwood.experiments.run import finished
 
 __all__ = ["Outcome", "compare", "run_folder"]
@@ -50,19 +51,17 @@ def compare(
     perform = engines.find(engine)
     if tracker is not None:
         trackers.find(tracker)
-    outcomes: dict[str, Outcome] = {}
     kept = levels.kept_weights(configs)
+    results = {c.id: finished(c, run_folder(out, c), kept.get(c.id, ())) for c in configs}
+    recorded.check(configs, results, out, place)
+    outcomes: dict[str, Outcome] = {}
+    jobs: list[Job] = []
     for config in configs:
-        if (result := finished(config, run_folder(out, config), kept.get(config.id, ()))) is not None:
+        if (result := results[config.id]) is not None:
             outcomes[config.id] = Outcome(config, result)
             on_run(outcomes[config.id], False)
-    jobs = [
-        Job(c, run_folder(out, c), place, tracker, keep=kept.get(c.id, ())) for c in configs if c.id not in outcomes
-    ]
-    if jobs:
-        # Fails here and once, rather than in every run; a download happens once, too.
-        first = jobs[0].config
-        create_model(first.model, load_data(first.data, first.resolution, place), first.seed)
+        else:
+            jobs.append(_job(config, out, place, tracker, kept.get(config.id, ())))
 
     def take(outcome: Outcome) -> None:
         outcomes[outcome.config.id] = outcome
@@ -74,9 +73,10 @@ def compare(
     return [outcomes[config.id] for config in configs]
 
 
-def run_folder(out: Path, config: RunConfig) -> Path:
-    """Where a comparison keeps a run."""
-    return out / "runs" / config.id
+def _job(config: RunConfig, out: Path, place: Place, tracker: str | None, keep: tuple[int, ...]) -> Job:
+    dataset = load_data(config.data, config.resolution, place)
+    inputs = identity.inputs(config, dataset)
+    return Job(config, run_folder(out, config), place, tracker, keep=keep, inputs=inputs)
 
 
 def _perform(

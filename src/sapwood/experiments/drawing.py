@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from sapwood import files
 from sapwood.experiments import figures, store
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import DENSE
@@ -28,7 +29,7 @@ def draw(outcomes: Sequence[Outcome], summary: Summary, out: Path, published: Pu
     if at_top:
         densities = {method: _layer_densities([result for _, result in found]) for method, found in at_top.items()}
         drawn["layers"] = figures.layers(densities, 1 - top, summary.methods)
-    rows = {m: [store.read_rows(run_folder(out, o.config) / store.METRICS) for o, _ in f] for m, f in trained.items()}
+    rows = {m: [files.read_rows(run_folder(out, o.config) / store.METRICS) for o, _ in f] for m, f in trained.items()}
     for name, key, label in (
         ("training-loss", "train_loss", "training loss"),
         ("training-accuracy", "test_accuracy", "test accuracy, %"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sapwood.experiments.config import DENSE, SAME_LAYERS
 from sapwood.experiments.looks import GRID, INK, MUTED, SERIES, control_of, looks, subject_of
 from sapwood.experiments.summary import Summary
+from sapwood.files import write_in_one_step
 
 FAINT: Any = {"linestyle": ":", "linewidth": 1.2, "alpha": 0.6, "marker": "_", "markersize": 8, "markeredgewidth": 1.6}
 APART = 1.018  # factor between the points of methods at one sparsity
@@ -143,7 +144,7 @@ def curves(by_method: Mapping[str, Curve], label: str, order: Sequence[str], *, 
 
 def inline(figure: Figure, title: str) -> str:
     """The figure as SVG for an HTML page, whose style sheet gives the colours (`--series-0`, `--muted`, `--grid`)."""
-    text = StringIO()
+    text = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure.savefig(text, format="svg", transparent=True, metadata=_no_metadata())
     svg = text.getvalue()
@@ -159,9 +160,12 @@ def inline(figure: Figure, title: str) -> str:
 
 def save(figure: Figure, stem: Path) -> None:
     """Writes STEM.png and STEM.svg, on white."""
+    svg, png = io.BytesIO(), io.BytesIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": stem.name}):
-        figure.savefig(stem.with_suffix(".svg"), facecolor="white", metadata=_no_metadata())
-        figure.savefig(stem.with_suffix(".png"), facecolor="white", dpi=200)
+        figure.savefig(svg, format="svg", facecolor="white", metadata=_no_metadata())
+        figure.savefig(png, format="png", facecolor="white", dpi=200)
+    write_in_one_step(stem.with_suffix(".svg"), svg.getvalue())
+    write_in_one_step(stem.with_suffix(".png"), png.getvalue())
 
 
 def _no_metadata() -> dict[str, None]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from sapwood import files
 from sapwood.errors import RunBusyError, SapwoodError, SapwoodWarning, for_the_user
-from sapwood.experiments import store
 from sapwood.experiments.config import Place, RunConfig
+from sapwood.experiments.identity import Identity
 from sapwood.experiments.run import run
 from sapwood.experiments.store import RunResult
 from sapwood.experiments.trackers import tracked
@@ -31,6 +32,7 @@ class Job:
         threads: Threads of torch's CPU kernels; None leaves them.
         wait: Whether to wait for a process that is at the same run, rather than to come back busy.
         keep: Epochs after which its weights are kept, for runs that begin from them.
+        inputs: What the data and the code are, see `identity.inputs`, in the process that asks.
     """
 
     config: RunConfig
@@ -40,6 +42,7 @@ class Job:
     threads: int | None = None
     wait: bool = False
     keep: tuple[int, ...] = ()
+    inputs: Identity | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,16 @@ def attempt(job: Job) -> Outcome:
         with warnings.catch_warnings(), tracked(job.tracker, job.config, job.folder) as on_epoch:
             warnings.simplefilter("ignore", SapwoodWarning)  # collapsed layers are in the result
             warnings.showwarning = for_the_user(warnings.showwarning)
-            return Outcome(
-                job.config, run(job.config, job.folder, job.place, keep=job.keep, on_epoch=on_epoch, wait=job.wait)
+            result = run(
+                job.config,
+                job.folder,
+                job.place,
+                keep=job.keep,
+                on_epoch=on_epoch,
+                wait=job.wait,
+                inputs=job.inputs,
             )
+            return Outcome(job.config, result)
     except RunBusyError as error:
         return Outcome(job.config, None, str(error), busy=True)
     except Exception as error:  # somebody's model or method may raise anything
@@ -99,7 +109,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _kept_traceback(folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        store.write_text(folder / "error.txt", traceback.format_exc())
+        files.write_text(folder / "error.txt", traceback.format_exc())
     except OSError:
         return ""
     return f" (see {folder / 'error.txt'})"

@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from sapwood.experiments import figures, kernel_figures, store
+from sapwood import files
+from sapwood.experiments import figures, kernel_figures
 from sapwood.experiments.kernels import RECORD, Network, Spectra
 from sapwood.experiments.pages import templates
 from sapwood.ntk import Dynamics
@@ -31,12 +32,12 @@ def write_page(
     drawn = {"spectra": kernel_figures.spectra(spectra.networks)}
     if dynamics:
         drawn |= {"dynamics-loss": kernel_figures.training(dynamics), "dynamics-kernel": kernel_figures.drift(dynamics)}
-        store.write_json(out / DYNAMICS, {label: dataclasses.asdict(found) for label, found in dynamics.items()})
+        files.write_json(out / DYNAMICS, {label: dataclasses.asdict(found) for label, found in dynamics.items()})
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figures.save(figure, out / "figures" / name)
     spectra.save(out / RECORD)
-    store.write_text(out / TABLE, _csv(spectra.networks))
+    files.write_text(out / TABLE, _csv(spectra.networks))
     facts = {
         "spectra": spectra,
         "figures": {name: figures.inline(figure, name) for name, figure in drawn.items()},
@@ -44,7 +45,7 @@ def write_page(
         "setup": setup,
         "command": command,
     }
-    store.write_text(out / PAGE, templates().get_template(f"{PAGE}.jinja").render(facts))
+    files.write_text(out / PAGE, templates().get_template(f"{PAGE}.jinja").render(facts))
     return out / PAGE
 
 

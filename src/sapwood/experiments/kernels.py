@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 from zipfile import BadZipFile
 
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 from sapwood import ntk
 from sapwood.checks import Count, OneOf, Range
 from sapwood.errors import SapwoodError
-from sapwood.experiments import store
+from sapwood.experiments import identity
 from sapwood.experiments.config import DENSE
+from sapwood.files import checksum, write_in_one_step, write_text
 from sapwood.masks import Masks
 from sapwood.ntk.options import BATCHNORM
 
@@ -95,7 +98,7 @@ class Spectra:
         found = dataclasses.asdict(self)
         for network in found["networks"]:
             network["eigenvalues"] = [float(f"{value:.{DIGITS}g}") for value in network["eigenvalues"]]
-        store.write_text(path, json.dumps(found, separators=(",", ":")).replace('{"label"', '\n{"label"') + "\n")
+        write_text(path, json.dumps(found, separators=(",", ":")).replace('{"label"', '\n{"label"') + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Spectra | None:
@@ -115,6 +118,8 @@ def compute(
     config: KernelConfig,
     cache: Path,
     *,
+    weights: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+    origin: object = None,
     on_rows: Step = lambda label, done, total: None,
 ) -> tuple[Network, ...]:
     """The kernels of a model's conv and linear weights under each of the masks, on inputs x.
@@ -125,17 +130,20 @@ def compute(
         networks: Masks by label, None for the dense network.
         config: The settings.
         cache: Folder in which kernels are kept: one that is there is not computed again.
+        weights: Parameters and buffers of those networks that have others than the model, by label.
+        origin: What kernels that are kept depend on besides: plain values, such as digests of the model's source.
         on_rows: Called with a label, rows done and all rows.
     """
     cache.mkdir(parents=True, exist_ok=True)
     found, dense = [], None
     for label, masks in networks.items():
-        path = cache / f"{_digest(model, x, masks, config)}.npz"
+        net = with_weights(model, weights.get(label))
+        path = cache / f"{_name(net, x, masks, config, origin)}.npz"
         gram, seconds = _kept(path)
         if gram is None:
             begin = time.process_time()
             gram = ntk.kernel(
-                model,
+                net,
                 x,
                 masks,
                 dropout="off",
@@ -149,6 +157,15 @@ def compute(
         dense = gram if masks is None else dense
         found.append(_network(label, masks, gram, dense, seconds))
     return tuple(found)
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.Module:
+    """The model itself, or a copy with these parameters and buffers."""
+    if weights is None:
+        return model
+    other = copy.deepcopy(model)
+    other.load_state_dict({**other.state_dict(), **weights})
+    return other
 
 
 def _network(label: str, masks: Masks | None, gram: Tensor, dense: Tensor | None, seconds: float) -> Network:
@@ -177,13 +194,18 @@ def _alignment(first: Tensor, second: Tensor) -> float:
         return 0.0
 
 
-def _digest(model: nn.Module, x: Tensor, masks: Masks | None, config: KernelConfig) -> str:
+def _name(model: nn.Module, x: Tensor, masks: Masks | None, config: KernelConfig, origin: object) -> str:
     """Names a kernel by all that it depends on."""
-    digest = hashlib.sha256(json.dumps([config.batchnorm, config.batch_size]).encode())
-    tensors = [x, *model.state_dict().values(), *([] if masks is None else masks.values())]
-    for tensor in tensors:
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
-    return f"{DENSE if masks is None else 'masked'}-{digest.hexdigest()[:16]}"
+    parts = {
+        "config": [config.batchnorm, config.batch_size],
+        "inputs": x,
+        "model": identity.structure(model),
+        "weights": model.state_dict(),
+        "masks": None if masks is None else dict(masks),
+        "versions": identity.versions(),
+        "origin": origin,
+    }
+    return f"{DENSE if masks is None else 'masked'}-{checksum(parts)[:16]}"
 
 
 def _kept(path: Path) -> tuple[Tensor | None, float]:
@@ -201,6 +223,6 @@ def _kept(path: Path) -> tuple[Tensor | None, float]:
 
 
 def _keep(path: Path, gram: Tensor, seconds: float) -> None:
-    half_written = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(half_written, kernel=gram.numpy(), seconds=seconds)
-    half_written.replace(path)
+    content = io.BytesIO()
+    np.savez(content, kernel=gram.numpy(), seconds=seconds)
+    write_in_one_step(path, content.getvalue())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sapwood import files
 from sapwood.errors import ConfigError, SapwoodError, unknown_name
 from sapwood.experiments import store, weights
 from sapwood.experiments.config import DENSE, RETRAINING, RunConfig
@@ -127,7 +128,7 @@ def run_before(config: RunConfig, root: Path, run: Callable[..., RunResult], mod
     folder = root / last.id
     weights.load(model, folder / store.WEIGHTS)
     masks = None if last.method == DENSE else Masks.load(folder / store.MASKS)
-    return Earlier(masks, epochs, seconds, float(store.read_rows(folder / store.METRICS)[-1]["lr"]))
+    return Earlier(masks, epochs, seconds, float(files.read_rows(folder / store.METRICS)[-1]["lr"]))
 
 
 def rewind(config: RunConfig, root: Path, model: nn.Module, initial: Callable[[], nn.Module]) -> None:

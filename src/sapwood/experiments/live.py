@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from sapwood import files
 from sapwood.experiments import store
 from sapwood.experiments.compare import Outcome, run_folder
 from sapwood.experiments.config import DENSE, RunConfig
@@ -55,7 +56,7 @@ def status(config: RunConfig, folder: Path, since: float) -> Status | None:
     try:
         if (folder / store.CONFIG).stat().st_mtime < since or (folder / store.RESULT).exists():
             return None
-        rows = store.read_rows(folder / store.METRICS)
+        rows = files.read_rows(folder / store.METRICS)
         last = rows[-1]
         left = (config.train.epochs - last["epoch"]) * statistics.mean(row["seconds"] for row in rows)
         return Status(config, last["epoch"], last["test_accuracy"], last["images_per_second"], left)

@@ -12,20 +12,36 @@ from torch import Tensor, nn
 
 from sapwood import data, models
 from sapwood.data import Dataset, Images
+from sapwood.data.download import data_root
 from sapwood.experiments.config import INIT_SEED, Place
+from sapwood.files import stamp
+from sapwood.isolation import isolated
 from sapwood.training import TrainConfig
 
+CHANGEABLE = {"folder": "", "tiny-imagenet": "tiny-imagenet-200", "fashion-mnist": "FashionMNIST"}
+"""Data sets whose files are taken as they are, and where these lie under the root."""
 EVALUATION_BATCH = 1000  # no gradients are held, so it may be larger than a training batch
 
 
 @functools.lru_cache(maxsize=1)
-def _load(name: str, root: Path | None, offline: bool, resolution: int | None) -> Dataset:
+def _load(name: str, root: Path | None, offline: bool, resolution: int | None, state: str) -> Dataset:
     return data.load(name, root, offline=offline, resolution=resolution)
 
 
 def load_data(name: str, resolution: int | None, place: Place) -> Dataset:
-    """The data set, read once a process."""
-    return _load(name, place.data_root, place.offline, resolution)
+    """The data set, read once a process, and anew where one of its files has changed."""
+    return _load(name, place.data_root, place.offline, resolution, _state(name, place.data_root))
+
+
+def _state(name: str, root: Path | None) -> str:
+    """Changes with the files of a data set that may change: those of the others are compared with published sums."""
+    if name not in CHANGEABLE:
+        return ""
+    folder = data_root(root) / CHANGEABLE[name]
+    try:
+        return stamp(sorted(folder.rglob("*")))
+    except OSError:  # a file went away just now, which is for the loader to tell
+        return ""
 
 
 def create_model(name: str, dataset: Dataset, seed: int) -> nn.Module:
@@ -36,9 +52,8 @@ def create_model(name: str, dataset: Dataset, seed: int) -> nn.Module:
 
 
 def initialised(name: str, seed: int, *, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
-    """A model at the initial weights of a run's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + INIT_SEED)
+    """A model at the initial weights of a run's seed, whichever generator they are drawn from."""
+    with isolated(seed + INIT_SEED, torch.device("cpu")):
         return models.create(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
 
 

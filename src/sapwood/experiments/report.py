@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from sapwood.experiments import figures, kernel_report, kernels, looks, store, tables
+from sapwood import files
+from sapwood.errors import listed
+from sapwood.experiments import figures, kernel_report, looks, tables
 from sapwood.experiments.compare import Outcome
 from sapwood.experiments.config import CONTROLS, DENSE, SAME_LAYERS
 from sapwood.experiments.drawing import draw
 from sapwood.experiments.figures import Published
+from sapwood.experiments.kernels import Spectra
 from sapwood.experiments.pages import templates
 from sapwood.experiments.pairs import differences
 from sapwood.experiments.summary import Summary, finished, frame, summarise
@@ -20,7 +22,12 @@ NEAR = 5e-4  # published sparsities are rounded
 
 
 def write_report(
-    outcomes: Sequence[Outcome], out: Path, command: str, *, expected: Mapping[tuple[str, float], float] | None = None
+    outcomes: Sequence[Outcome],
+    out: Path,
+    command: str,
+    *,
+    expected: Mapping[tuple[str, float], float] | None = None,
+    spectra: Spectra | None = None,
 ) -> Path:
     """Writes report.html, report.md, results.csv and figures/ into the comparison's folder.
 
@@ -30,6 +37,7 @@ def write_report(
         command: What was typed, for the record.
         expected: Published test accuracies, percent, by method label and sparsity, to show beside the measured ones;
             the dense model's is at sparsity 0.
+        spectra: Of the tangent kernels of the comparison's networks, to show as well.
 
     Returns:
         The path of the page.
@@ -41,7 +49,7 @@ def write_report(
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figures.save(figure, out / "figures" / name)
-    store.write_text(out / TABLE, frame(outcomes).to_csv(index=False, lineterminator="\n"))
+    files.write_text(out / TABLE, frame(outcomes).to_csv(index=False, lineterminator="\n"))
     facts = {
         "outcome": outcomes[0],
         "summary": summary,
@@ -58,11 +66,11 @@ def write_report(
         "same_layers": [method for method in summary.methods if looks.control_of(method) in SAME_LAYERS],
         "retrained": retrained,
         "command": command,
-        "kernels": _kernels(out),
+        "kernels": None if spectra is None else kernel_report.section(spectra, out),
     }
     environment = templates()
     for file in (MARKDOWN, REPORT):
-        store.write_text(out / file, environment.get_template(f"{file}.jinja").render(facts))
+        files.write_text(out / file, environment.get_template(f"{file}.jinja").render(facts))
     return out / REPORT
 
 
@@ -86,11 +94,6 @@ def sentence(summary: Summary, when: str = " before training") -> str:
     return f"{text}, the best of {others + 1} methods{rest}."
 
 
-def listed(names: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def _published(expected: Mapping[tuple[str, float], float], summary: Summary) -> Published:
     """What was published for the cells of this comparison, under their own sparsities."""
     cells = [(DENSE, 0.0), *((method, s) for method in summary.methods for s in summary.sparsities)]
@@ -100,9 +103,3 @@ def _published(expected: Mapping[tuple[str, float], float], summary: Summary) ->
         for (label, at), value in expected.items()
         if label == method and abs(at - s) <= NEAR
     }
-
-
-def _kernels(out: Path) -> dict[str, Any] | None:
-    """The tangent kernels that were computed beside the runs, if they were."""
-    found = kernels.Spectra.load(out / kernels.RECORD)
-    return None if found is None else kernel_report.section(found, out)

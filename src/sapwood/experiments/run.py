@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from sapwood import files
 from sapwood.diagnosis import effective
 from sapwood.errors import ConfigError, SapwoodError
-from sapwood.experiments import cost, levels, store, weights
+from sapwood.experiments import cost, identity, levels, store, weights
 from sapwood.experiments.config import CONTROL_SEED, DENSE, Place, RunConfig
 from sapwood.experiments.environment import device_of, environment
 from sapwood.experiments.fairness import order_hash, weights_hash
+from sapwood.experiments.identity import Identity
 from sapwood.experiments.material import Split, create_model, load_data
 from sapwood.experiments.stages import pruned, trained
-from sapwood.experiments.store import RunResult
+from sapwood.experiments.store import RunFolder, RunResult
 from sapwood.experiments.together import first, gathered
 from sapwood.masks import Masks
 from sapwood.methods import prunable
@@ -30,7 +32,7 @@ if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
 
 
-def run(
+def run(  # noqa: PLR0913  # what, where, from what, and who hears of it
     config: RunConfig,
     folder: Path,
     place: Place,
@@ -40,6 +42,7 @@ def run(
     on_epoch: Callable[[Epoch], None] | None = None,
     wait: bool = True,
     fabric: Fabric | None = None,
+    inputs: Identity | None = None,
 ) -> RunResult:
     """Runs a config to its end, from wherever an earlier call in the same folder got to.
 
@@ -53,8 +56,10 @@ def run(
         wait: Whether to wait for another process that is at the same run, and take its result.
         fabric: The processes that train together, all of which call this with the same arguments, in place of
             `place.device`; the first of them writes. They prune nothing: the config is dense or comes with masks.
+        inputs: What the data and the code were, see `identity.inputs`, when the comparison began that this is part of.
 
     Raises:
+        ConfigError: the data, the model, or somebody's code is not what it was when the run began, or ended.
         RunBusyError: another process is at this run, and `wait` is False.
         SapwoodError: what the method, the model, the data or the folder refuses.
     """
@@ -67,11 +72,13 @@ def run(
         masks = Names.of(model).fit(masks)
     elif fabric is not None and config.method != DENSE:
         raise ConfigError(f"{fabric.world_size} processes train under masks that are there: prune first.")
-    where = environment(device, fabric)
+    made_of = identity.of(config, dataset, model)
+    identity.require_unchanged(inputs, made_of)
+    here = RunFolder(folder, config, wait=wait)
     with ExitStack() as stack:
-        done = first(fabric, lambda: _begun(stack, config, folder, where, wait, keep))
-        if done is not None:
-            return done
+        begun = first(fabric, lambda: _begun(stack, here, made_of, environment(device, fabric), keep))
+        if isinstance(begun, RunResult):
+            return begun
         initial = weights_hash(model)
         model.to(device)
         before = levels.Earlier(None, 0, 0.0, config.train.lr)
@@ -87,12 +94,12 @@ def run(
         split = Split.of(dataset, config.train, device)
         cost.reset_peak(device)
         training = levels.schedule(config, before.lr)
-        result = trained(training, model, split, masks, folder, keep=keep, on_epoch=on_epoch, fabric=fabric)
+        result = trained(training, model, split, masks, here, keep=keep, on_epoch=on_epoch, fabric=fabric)
         if fabric is not None:
             model = gathered(model, fabric, fresh)
 
         facts = {
-            "environment": where,
+            "environment": begun,
             "init_hash": initial,
             "order_hash": order_hash(split, config.train.seed),
             "settings": {} if masks is None else masks.provenance.get("fields", {}),
@@ -103,7 +110,7 @@ def run(
 
         def write() -> RunResult:
             summary = dataclasses.replace(_summary(model, masks, result, split), **facts)
-            return _written(summary, folder, model if wanted else None)
+            return _written(summary, here, model if wanted else None)
 
         return first(fabric, write)
 
@@ -115,26 +122,44 @@ def finished(config: RunConfig, folder: Path, keep: Collection[int] = ()) -> Run
     return done if whole else None
 
 
-def _written(summary: RunResult, folder: Path, model: nn.Module | None) -> RunResult:
+def _written(summary: RunResult, here: RunFolder, model: nn.Module | None) -> RunResult:
     """Writes the weights, if a model is given, then the result, and only then drops the checkpoint."""
+    here.check()
     if model is not None:
-        weights.save(model, folder / store.WEIGHTS)
-    summary = dataclasses.replace(summary, files=store.digests(folder))
-    store.write_result(folder, summary)
-    (folder / store.CHECKPOINT).unlink(missing_ok=True)
+        weights.save(model, here.path / store.WEIGHTS)
+    summary = dataclasses.replace(summary, files=store.digests(here.path))
+    store.write_result(here.path, summary)
+    (here.path / store.CHECKPOINT).unlink(missing_ok=True)
     return summary
 
 
 def _begun(
-    stack: ExitStack, config: RunConfig, folder: Path, where: Mapping[str, str], wait: bool, keep: Collection[int]
-) -> RunResult | None:
-    """Locks the folder until the stack unwinds; returns the result if there is one."""
-    stack.enter_context(store.opened(folder, config, wait=wait))
-    if (done := finished(config, folder, keep)) is not None:
+    stack: ExitStack, here: RunFolder, made_of: Identity, where: Mapping[str, str], keep: Collection[int]
+) -> RunResult | Mapping[str, str]:
+    """Locks the folder until the stack unwinds; returns the result if there is one, else the run's environment."""
+    stack.enter_context(here)
+    if (done := finished(here.config, here.path, keep)) is not None:
+        identity.require_finished(here.path, made_of)
         return done
-    (folder / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
-    store.write_json(folder / store.ENVIRONMENT, where)
-    return None
+    (here.path / store.RESULT).unlink(missing_ok=True)  # damaged, or another file is
+
+    if identity.claim(here, made_of):
+        where = _joined(here.path / store.ENVIRONMENT, where)
+    files.write_json(here.path / store.ENVIRONMENT, where)
+    return where
+
+
+def _joined(file: Path, now: Mapping[str, str]) -> Mapping[str, str]:
+    """The environments of a run that goes on elsewhere: `A, then B` where they differ."""
+    try:
+        before = files.read_json(file)
+    except (OSError, ValueError):  # not written yet, or damaged
+        return now
+    return {key: _then(str(before.get(key, value)), value) for key, value in now.items()}
+
+
+def _then(before: str, now: str) -> str:
+    return before if before == now or before.endswith(f", then {now}") else f"{before}, then {now}"
 
 
 def _summary(model: nn.Module, masks: Masks | None, result: TrainResult, split: Split) -> RunResult:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from sapwood import files
 from sapwood.data import Dataset, pruning_batches
-from sapwood.errors import MaskError
+from sapwood.errors import DataError, MaskError
 from sapwood.experiments import store, weights
 from sapwood.experiments.config import CONTROL_SEED, RunConfig
 from sapwood.experiments.material import Split
 from sapwood.experiments.search import Subject, needs_batches, search
+from sapwood.experiments.store import RunFolder
 from sapwood.experiments.together import first
 from sapwood.masks import Masks
 from sapwood.names import Names
 from sapwood.pruning import Result
-from sapwood.training import Epoch, TrainConfig, TrainResult, intact, train
+from sapwood.training import Epoch, TrainConfig, TrainResult, history_in, train
 
 if TYPE_CHECKING:  # imported late, as it is slow to import
     from lightning_fabric import Fabric
@@ -47,7 +50,7 @@ def pruned(config: RunConfig, model: nn.Module, dataset: Dataset, folder: Path, 
     )
     masks = result.masks
     if result.params is not None:
-        weights.save_new(result.params, folder / weights.NEW)
+        weights.save_new(result.params, folder / store.NEW_WEIGHTS)
         result.load_into(model)
         masks = dataclasses.replace(masks, provenance={**masks.provenance, NEW_WEIGHTS: True})
     if config.control in ("shuffle", "shuffle-taps"):
@@ -62,18 +65,20 @@ def trained(
     model: nn.Module,
     split: Split,
     masks: Masks | None,
-    folder: Path,
+    here: RunFolder,
     *,
     keep: Collection[int],
     on_epoch: Callable[[Epoch], None] | None,
     fabric: Fabric | None,
 ) -> TrainResult:
     """Trains to the end; the weights after the epochs `keep`, the last one apart, are written on the way."""
-    rows: list[Epoch] = []
+    folder = here.path
+    rows = first(fabric, lambda: _epochs_behind(folder, keep, config.epochs))
 
     def report(row: Epoch) -> None:
+        here.check()
         rows.append(row)
-        store.write_rows(folder / store.METRICS, rows)
+        files.write_rows(folder / store.METRICS, rows)
         if row["epoch"] in keep and row["epoch"] < config.epochs:
             weights.save(model, weights.path(folder, row["epoch"], config.epochs))
         if on_epoch is not None:
@@ -81,10 +86,7 @@ def trained(
 
     checkpoint = folder / store.CHECKPOINT
     device = split.device if fabric is None else fabric
-    first(fabric, lambda: _drop_useless(checkpoint, keep, config.epochs))
-    result = train(model, split, config, masks=masks, device=device, checkpoint=checkpoint, on_epoch=report)
-    first(fabric, lambda: store.write_rows(folder / store.METRICS, result.history))  # with those before an interruption
-    return result
+    return train(model, split, config, masks=masks, device=device, checkpoint=checkpoint, on_epoch=report)
 
 
 def _masks_in(folder: Path, config: RunConfig, model: nn.Module) -> Masks | None:
@@ -95,7 +97,7 @@ def _masks_in(folder: Path, config: RunConfig, model: nn.Module) -> Masks | None
     try:
         masks = Names.of(model).fit(Masks.load(path))
         if masks.provenance.get(NEW_WEIGHTS):
-            params = weights.load_new(folder / weights.NEW, next(model.parameters()).device)
+            params = weights.load_new(folder / store.NEW_WEIGHTS, next(model.parameters()).device)
             Result(masks, (), 0.0, config.seed, params=params).load_into(model)
         return masks
     except (MaskError, ValueError):
@@ -110,8 +112,19 @@ def _fields(config: RunConfig) -> dict[str, Any]:
     return {**config.fields, "invert": not config.fields.get("invert", False)}
 
 
-def _drop_useless(checkpoint: Path, keep: Collection[int], last: int) -> None:
-    """Deletes a checkpoint that is damaged or beyond an epoch whose weights are wanted: the training begins again."""
-    if checkpoint.exists() and not intact(checkpoint):
-        checkpoint.unlink()
-    weights.drop_checkpoint_beyond(checkpoint.parent, keep, last)
+def _epochs_behind(folder: Path, keep: Collection[int], last: int) -> list[Epoch]:
+    """The epochs that the checkpoint has, which become the metrics of the run so far.
+
+    A checkpoint is deleted, and the training begins again, if it is damaged or beyond an epoch whose weights are
+    wanted.
+    """
+    checkpoint = folder / store.CHECKPOINT
+    rows: list[Epoch] = []
+    if checkpoint.exists():
+        with suppress(DataError):
+            rows = history_in(checkpoint)
+        if not rows or weights.missing_before(folder, rows[-1]["epoch"], keep, last):
+            rows = []
+            checkpoint.unlink()
+    files.write_rows(folder / store.METRICS, rows)
+    return rows

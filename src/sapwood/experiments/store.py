@@ -1,28 +1,32 @@
 """A run's folder, which one process at a time works in, every file written in one step.
 
-config.json, environment.json, masks.safetensors, metrics.jsonl, checkpoint.pt while it trains, and result.json last.
+config.json, environment.json, identity.json, masks.safetensors, metrics.jsonl, checkpoint.pt while it trains, and
+result.json last.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from sapwood.errors import ConfigError, MaskError, RunBusyError
-from sapwood.experiments import integrity
+from sapwood.errors import ConfigError, MaskError, RunBusyError, SapwoodError
 from sapwood.experiments.config import DENSE, RunConfig
+from sapwood.files import digest, read_json, read_rows, remove_remnants, write_json
 from sapwood.masks import Masks
 
 CONFIG, MASKS, METRICS, RESULT = "config.json", "masks.safetensors", "metrics.jsonl", "result.json"
 WEIGHTS, CHECKPOINT, ENVIRONMENT = "weights.safetensors", "checkpoint.pt", "environment.json"
+IDENTITY = "identity.json"
+KEPT_WEIGHTS = "weights-epoch-{}.safetensors"  # after an epoch that is not the last
+NEW_WEIGHTS = "new-weights.safetensors"  # of a method that changes them; training begins there
+COLUMNS = {"epoch", "lr", "train_loss", "test_accuracy", "seconds"}  # of the metrics that others read
+FILES = (CONFIG, ENVIRONMENT, IDENTITY, MASKS, NEW_WEIGHTS, METRICS, CHECKPOINT, WEIGHTS, RESULT)
 LOCK = "run.lock"  # the operating system frees it when its holder dies
 
 
@@ -85,41 +89,6 @@ class RunResult:
         return sum(total for _, total in self.layers.values())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step: a killed write leaves the old one."""
-    half_written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half_written.write_text(text, encoding="utf-8")
-        os.replace(half_written, path)
-    except OSError:  # a full disk, most often, which a remnant would not help
-        half_written.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON in one step, with a checksum of its own."""
-    write_text(path, json.dumps(integrity.sealed(value), indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    return integrity.unsealed(json.loads(path.read_text(encoding="utf-8")))
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, in one step."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads what `write_rows` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def read_result(folder: Path) -> RunResult | None:
     """The result of a finished run; None where it is missing or damaged, so that the run is done again."""
     try:
@@ -136,9 +105,9 @@ def finished(folder: Path, config: RunConfig) -> RunResult | None:
     """The result of a run all of whose files are whole; None where one is missing or damaged."""
     result = read_result(folder)
     try:
-        if result is None or len(read_rows(folder / METRICS)) != result.epochs:
+        if result is None or not _are_metrics(read_rows(folder / METRICS), result.epochs):
             return None
-        if any(integrity.digest(folder / name) != digest for name, digest in result.files.items()):
+        if any(digest(folder / name) != expected for name, expected in result.files.items()):
             return None
         if _differences(read_json(folder / CONFIG), config) or read_json(folder / ENVIRONMENT) != result.environment:
             return None
@@ -149,9 +118,14 @@ def finished(folder: Path, config: RunConfig) -> RunResult | None:
     return result
 
 
+def _are_metrics(rows: Sequence[Mapping[str, Any]], epochs: int) -> bool:
+    return len(rows) == epochs and all(row.keys() >= COLUMNS for row in rows)
+
+
 def digests(folder: Path) -> dict[str, str]:
-    """For a result: the checksums of the files beside it that have none of their own."""
-    return integrity.digests(folder, (METRICS, *sorted(path.name for path in folder.glob("*.safetensors"))))
+    """For a result: the checksums of the files beside it."""
+    found = [folder / IDENTITY, folder / METRICS, *sorted(folder.glob("*.safetensors"))]
+    return {path.name: digest(path) for path in found if path.exists()}
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -159,36 +133,84 @@ def write_result(folder: Path, result: RunResult) -> None:
     write_json(folder / RESULT, dataclasses.asdict(result))
 
 
-@contextmanager
-def opened(folder: Path, config: RunConfig, *, wait: bool = True) -> Iterator[None]:
-    """Makes the folder of a run, or enters the one that the same run has begun, and keeps other processes out.
+class RunFolder:
+    """A run's folder while this process works in it: made, or entered where the same run has begun, and locked.
 
-    Raises:
-        ConfigError: the folder belongs to another run, or is a file.
-        RunBusyError: another process is in it, and `wait` is False.
+    Args:
+        path: The folder.
+        config: The run.
+        wait: Whether to wait for another process that is in it.
+
+    Attributes:
+        begun: Whether the run had begun when the folder was entered.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; a folder for the run is expected: choose another one.")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, poll_interval=0.5)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        raise RunBusyError(f"Another process is at the run in {folder}.") from None
-    try:
-        _enter(folder, config)
-        yield
-    finally:
-        lock.release()
+
+    def __init__(self, path: Path, config: RunConfig, *, wait: bool = True) -> None:
+        self.path, self.config = path, config
+        self._wait = wait
+        self._place: tuple[int, int] | None = None
+        self.begun = False
+
+    def __enter__(self) -> Self:
+        """Raises a ConfigError where the folder is another run's, or a file; RunBusyError where somebody is in it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; a folder for the run is expected: choose another one.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / LOCK, poll_interval=0.5)
+        try:
+            self._lock.acquire(timeout=-1 if self._wait else 0)
+        except Timeout:
+            raise RunBusyError(f"Another process is at the run in {self.path}.") from None
+
+        try:
+            self._place = _place_of(self.path / LOCK)
+            self._enter()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Lets others in. A write that failed because the folder is gone says so."""
+        self._lock.release()
+        if isinstance(error, OSError):
+            self.check()
+
+    def check(self) -> None:
+        """Makes sure that the folder is still the one that was entered: another one would not be locked.
+
+        Raises:
+            SapwoodError: somebody removed or replaced it.
+        """
+        if _place_of(self.path / LOCK) != self._place:
+            raise SapwoodError(
+                f"The folder {self.path} was removed or replaced while its run was going on, which is lost: the same "
+                "command runs it again."
+            )
+
+    def half_done(self) -> list[Path]:
+        """The files that the run would go on from: its own masks with their weights, its checkpoint, kept weights."""
+        prunes = self.config.method != DENSE and self.config.masks is None
+        names = [CHECKPOINT, KEPT_WEIGHTS.format("*"), *([MASKS, NEW_WEIGHTS] if prunes else [])]
+        return [path for name in names for path in sorted(self.path.glob(name))]
+
+    def _enter(self) -> None:
+        for name in FILES:
+            if (self.path / name).is_dir():
+                raise ConfigError(f"{self.path / name} is a folder where a file of the run belongs: move it away.")
+        self.begun = (self.path / CONFIG).exists()
+        if self.begun:
+            _refuse_other_run(self.path, self.config)
+        remove_remnants(self.path)
+        write_json(self.path / CONFIG, self.config.to_json())
 
 
-def _enter(folder: Path, config: RunConfig) -> None:
-    path = folder / CONFIG
-    if path.exists():
-        _refuse_other_run(folder, config)
-    for remnant in folder.glob(".*.tmp"):  # of a process that was killed
-        remnant.unlink(missing_ok=True)
-    write_json(path, config.to_json())
+def _place_of(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:

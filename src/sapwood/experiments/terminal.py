@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import csv
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +21,8 @@ from sapwood.experiments.summary import Summary
 from sapwood.masks import Masks
 from sapwood.text import one_line, visible
 
+SPELLED = {"\N{ALMOST EQUAL TO}": "~", "\N{PLUS-MINUS SIGN}": "+/-", "\N{EN DASH}": "-"}
+"""What stands for a character where the terminal or the pipe has none for it."""
 PIPE_WIDTH = 200  # in a pipe or a file there is no width to fit into, and a cut layer name is of no use
 
 
@@ -28,7 +31,9 @@ def show(table: Table | Group) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
-    console.print(table)
+    with console.capture() as drawn:  # rich itself would end the program at a closed pipe
+        console.print(table)
+    print(drawn.get(), end="")
 
 
 def layer_rows(masks: Masks) -> list[tuple[str, str, int, int, float]]:
@@ -129,9 +134,53 @@ def run_name(config: RunConfig) -> str:
 
 
 def complain(kind: str, message: object) -> None:
-    """One line on standard error, as programs do; nobody need be there to read it."""
-    with contextlib.suppress(BrokenPipeError):
+    """One line on standard error, as programs do."""
+    with reader_may_leave():
         print(f"sapwood: {kind}: {one_line(message)}", file=sys.stderr)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Ends the block, and nothing else, where the reader of the output, such as `head`, has seen enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        drop_unwritable()
+
+
+def drop_unwritable() -> None:
+    """Sends what is left of a stream that takes no more to nowhere, or Python would complain of it at its end."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def legible() -> Iterator[None]:
+    """Spells characters that a stream's encoding lacks, rather than to fail on them."""
+    codecs.register_error("spelled", _spell)
+    streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    before = [stream.errors for stream in streams]
+    try:
+        for stream in streams:
+            stream.reconfigure(errors="spelled")
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            with suppress(OSError, ValueError):  # closed meanwhile
+                stream.reconfigure(errors=errors)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    escaped = (SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
+    return "".join(escaped), error.end
 
 
 def _table(*left: str, right: Sequence[str]) -> Table:

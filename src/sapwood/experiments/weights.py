@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,21 +12,18 @@ from torch import Tensor, nn
 
 from sapwood.errors import DataError
 from sapwood.experiments import store
-from sapwood.training import epochs_in
-
-NEW = "new-weights.safetensors"  # of a method that changes them; training begins there
+from sapwood.files import in_one_step
 
 
 def path(folder: Path, epoch: int, last: int) -> Path:
     """The file of the weights after an epoch of `last`."""
-    return folder / (store.WEIGHTS if epoch == last else f"weights-epoch-{epoch}.safetensors")
+    return folder / (store.WEIGHTS if epoch == last else store.KEPT_WEIGHTS.format(epoch))
 
 
 def save(model: nn.Module, file: Path) -> None:
     """Writes a model's parameters and buffers in one step."""
-    half_written = file.with_name(f".{file.name}.tmp")
-    save_model(model, str(half_written))
-    os.replace(half_written, file)
+    with in_one_step(file) as temporary:
+        save_model(model, str(temporary))
 
 
 def load(model: nn.Module, file: Path) -> None:
@@ -44,9 +40,8 @@ def load(model: nn.Module, file: Path) -> None:
 
 def save_new(params: Mapping[str, Tensor], file: Path) -> None:
     """Writes new weights by name in one step."""
-    half_written = file.with_name(f".{file.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in params.items()}, str(half_written))
-    os.replace(half_written, file)
+    with in_one_step(file) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in params.items()}, str(temporary))
 
 
 def load_new(file: Path, device: torch.device) -> dict[str, Tensor]:
@@ -66,17 +61,9 @@ def all_there(folder: Path, epochs: Iterable[int], last: int) -> bool:
     return all(path(folder, epoch, last).exists() for epoch in epochs)
 
 
-def drop_checkpoint_beyond(folder: Path, epochs: Iterable[int], last: int) -> None:
-    """Lets a training begin again that is past an epoch whose weights are wanted and were not kept.
+def missing_before(folder: Path, epoch: int, keep: Iterable[int], last: int) -> bool:
+    """Whether a training that is at this epoch is past one whose weights are wanted and were not kept.
 
     So it is where the weights became wanted later, or a process was killed between checkpoint and weights.
     """
-    missing = [epoch for epoch in epochs if not path(folder, epoch, last).exists()]
-    checkpoint = folder / store.CHECKPOINT
-    if missing and min(missing) < last and checkpoint.exists():
-        try:
-            beyond = epochs_in(checkpoint) >= min(missing)
-        except DataError:  # damaged: the training begins again anyway
-            return
-        if beyond:
-            checkpoint.unlink()
+    return any(each < last and each <= epoch and not path(folder, each, last).exists() for each in keep)

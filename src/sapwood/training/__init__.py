@@ -1,6 +1,6 @@
 """Training of dense and masked networks: one SGD loop, its settings, and the measurement of a model."""
 
-from sapwood.training.checkpoint import Epoch, epochs_in, intact
+from sapwood.training.checkpoint import Epoch, history_in
 from sapwood.training.config import TrainConfig
 from sapwood.training.devices import Device, fabric_for
 from sapwood.training.evaluate import evaluate
@@ -13,9 +13,8 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainingData",
-    "epochs_in",
     "evaluate",
     "fabric_for",
-    "intact",
+    "history_in",
     "train",
 ]

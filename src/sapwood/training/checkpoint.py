@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sapwood.errors import ConfigError, DataError
+from sapwood.files import KEY, checksum, in_one_step
 from sapwood.masks import Masks, clean_name
-from sapwood.training.checksum import checksum
 from sapwood.training.config import TrainConfig, differences
 
 if TYPE_CHECKING:
@@ -24,6 +23,18 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 _FORMAT = "sapwood training checkpoint 1"
+_PARTS: dict[str, Any] = {
+    "format": str,
+    "config": dict,
+    "masks": str | None,
+    "model": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "precision": dict,
+    "generator": Tensor,
+    "history": list,
+}
+"""What a checkpoint consists of, beside its checksum."""
 
 
 class Epoch(TypedDict):
@@ -54,7 +65,7 @@ class State:
 
 
 def save(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> None:
-    """Writes the state beside `path` and renames it, so that `path` is always a whole checkpoint.
+    """Writes the state in one step, so that `path` is always a whole checkpoint.
 
     All processes call it, the first one writes. The weights and momentum are whole, whatever held them: any number of
     processes may resume from the file.
@@ -75,23 +86,10 @@ def save(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> 
         "generator": state.generator.get_state(),
         "history": state.history,
     }
-    content["sha256"] = checksum(content)  # torch reads a file without looking at the checksums of its zip format
+    content[KEY] = checksum(content)  # torch reads a file without looking at the checksums of its zip format
     if state.fabric.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(content, path)
-
-
-def _write(content: dict[str, Any], path: Path) -> None:
-    half_written = path.with_name(path.name + ".tmp")
-    try:
-        with half_written.open("wb") as file:
+        with in_one_step(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
-        os.replace(half_written, path)
-    except (OSError, RuntimeError) as error:
-        half_written.unlink(missing_ok=True)
-        if isinstance(error.__context__, OSError):  # torch hides a full disk behind "unexpected pos"
-            raise error.__context__ from None
-        raise
 
 
 def restore(path: Path, state: State, config: TrainConfig, masks: Masks | None) -> None:
@@ -103,6 +101,27 @@ def restore(path: Path, state: State, config: TrainConfig, masks: Masks | None) 
     """
     content = _read(path)
     _refuse_other_run(path, content, state.model, config, masks)
+    try:
+        _load(state, content)
+    except Exception as error:  # whatever torch's parts say to a state that is none of theirs
+        raise DataError(
+            f"{path} holds something else than the state of a training like this one ({_first_line(error)}); delete it "
+            "to start the run over, with a new model."
+        ) from error
+
+
+def history_in(path: Path) -> list[Epoch]:
+    """The epochs that a checkpoint has behind it, one row each.
+
+    Raises:
+        DataError: the file is damaged, or no checkpoint of this kind.
+    """
+    history: list[Epoch] = _read(path)["history"]
+    return history
+
+
+def _load(state: State, content: dict[str, Any]) -> None:
+    _refuse_other_schedule(content["schedule"], state.schedule.state_dict())
     _load_tensors(state, content)
     state.schedule.load_state_dict(content["schedule"])
     for group, lr in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
@@ -112,23 +131,11 @@ def restore(path: Path, state: State, config: TrainConfig, masks: Masks | None) 
     state.history[:] = content["history"]
 
 
-def intact(path: Path) -> bool:
-    """Whether a file is a checkpoint as it was written, of this run or another."""
-    try:
-        _read(path)
-    except DataError:
-        return False
-    return True
-
-
-def epochs_in(path: Path) -> int:
-    """The last epoch in a checkpoint.
-
-    Raises:
-        DataError: the file is damaged, or no checkpoint of this kind.
-    """
-    history: list[Epoch] = _read(path)["history"]
-    return history[-1]["epoch"] if history else 0
+def _refuse_other_schedule(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """A schedule itself takes whatever it is given."""
+    alike = found.keys() == own.keys()
+    if not alike or any(isinstance(own[key], int) and not isinstance(found[key], int) for key in own):
+        raise ValueError("the state of another learning-rate schedule")
 
 
 def _load_tensors(state: State, content: dict[str, Any]) -> None:
@@ -150,14 +157,46 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file leads the unpickler into errors of any kind, IndexError included
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _first_line(error)
         raise DataError(f"{path} is truncated or no checkpoint ({reason}); delete it to start the run over.") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise DataError(f"{path} holds something else than a {_FORMAT!r}; choose another path, or delete it.")
-    found = content.pop("sha256", None)  # older ones have none
+
+    found = content.pop(KEY, None)  # older ones have none
     if found is not None and found != checksum(content):
         raise DataError(f"{path} is damaged: its content contradicts its checksum; delete it to start the run over.")
+    if (wrong := _wrong_part(content)) is not None:
+        raise DataError(
+            f"{path} is damaged: its {wrong!r} is missing or not what a checkpoint holds; delete it to start the run "
+            "over."
+        )
     return content
+
+
+def _wrong_part(content: Mapping[str, Any]) -> str | None:
+    """The first part that is not there, too much, or not of its type."""
+    for part in {**dict.fromkeys(_PARTS), **content}:
+        if part not in _PARTS or part not in content or not isinstance(content[part], _PARTS[part]):
+            return str(part)
+
+    if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
+        return "model"
+    if "state" not in content["optimizer"]:
+        return "optimizer"
+    return None if all(_is_epoch(row) for row in content["history"]) else "history"
+
+
+def _is_epoch(row: object) -> bool:
+    """Whether this is a row of the history: a number for every key, None for the validation at most."""
+    return (
+        isinstance(row, dict)
+        and set(row) == set(Epoch.__annotations__)
+        and all(isinstance(row[key], int | float) for key in row if key != "validation_accuracy")
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _refuse_other_run(

@@ -96,7 +96,8 @@ def train(
         masks: Pruned weights are zero from the start to the end; None trains the dense model.
         device: Where to train: one device, or a launched Fabric.
         checkpoint: A file to write the run's state to, and to resume from if it exists, with any number of processes
-            (which must all see the file). None: no checkpoints.
+            (which must all see the file). None: no checkpoints. It is compared with the settings, the masks and the
+            model's shapes; that the data are the same is up to the caller.
         checkpoint_every: Epochs between checkpoints; the last epoch is always saved.
         on_epoch: Called with every finished epoch's row, after its checkpoint is on disk, in the first process only.
 
@@ -116,6 +117,8 @@ def train(
         # fp16 skips steps until its loss scale fits; torch mistakes a skipped first one for a wrong call order.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         state = _begin(model, data, config, fabric)
+        if checkpoint is not None:  # not at every save: a folder that is removed meanwhile stays removed
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None and checkpoint.exists():
             checkpoints.restore(checkpoint, state, config, masks)
         with nullcontext() if masks is None else attach(masks, model, state.optimizer) as attachment:
