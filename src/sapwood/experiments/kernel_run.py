@@ -70,8 +70,8 @@ def find_masks(
         ConfigError: a method that prunes after training, or masks that were left by another model, data or code.
         SapwoodError: what the methods refuse.
     """
-    chosen = [variant for name in methods for variant in variants(name)]
-    configs = [_before_training(variant, model, data, density, seed) for variant in chosen]
+    named = [(name, variant) for name in methods for variant in variants(name)]
+    configs = [_before_training(name, variant, model, data, density, seed) for name, variant in named]
     dataset, device = load_data(data, None, place), device_of(place.device)
     found = Networks({})
     with terminal.progress("name") as bar:
@@ -87,10 +87,10 @@ def find_masks(
     return found
 
 
-def _before_training(variant: Variant, model: str, data: str, density: float, seed: int) -> RunConfig:
+def _before_training(name: str, variant: Variant, model: str, data: str, density: float, seed: int) -> RunConfig:
     if variant.retraining:
         raise ConfigError(
-            f"{variant.method!r} trains the network before it prunes it, and these are kernels of networks before "
+            f"{name!r} trains the network before it prunes it, and these are kernels of networks before "
             "training: leave it out, or give a mask file of it with --masks."
         )
     return RunConfig(data, model, variant.method, density, fields=variant.fields, control=variant.control, seed=seed)
