@@ -61,7 +61,7 @@ def attached():
     return model, masks, attach(masks, model, AdamW(model.parameters(), lr=0.01))
 
 
-@pytest.mark.trap(67)
+@pytest.mark.trap(55)
 @pytest.mark.parametrize("build", [lambda p: AdamW(p, lr=0.1), lambda p: SGD(p, lr=0.1, momentum=0.9), Whitened])
 def test_a_copied_pair_keeps_its_zeros(build) -> None:
     model = net()
@@ -76,7 +76,7 @@ def test_a_copied_pair_keeps_its_zeros(build) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.trap(67)
+@pytest.mark.trap(55)
 def test_a_copied_model_keeps_its_zeros(attached) -> None:
     model, masks, _ = attached
     write(model)
@@ -93,7 +93,7 @@ def test_a_copied_model_keeps_its_zeros(attached) -> None:
     assert (part.weight[~masks["0.weight"]] == 0).all()
 
 
-@pytest.mark.trap(67)
+@pytest.mark.trap(55)
 def test_a_copied_trainer_has_a_handle_of_its_own(attached) -> None:
     model, masks, attachment = attached
     other, its_attachment = copy.deepcopy((model, attachment))
@@ -105,7 +105,7 @@ def test_a_copied_trainer_has_a_handle_of_its_own(attached) -> None:
     assert alive(other, masks) > 0 and alive(model, masks) == 0
 
 
-@pytest.mark.trap(67)
+@pytest.mark.trap(55)
 def test_a_copy_is_freed_by_attaching_to_it(attached) -> None:
     client = copy.deepcopy(attached[0])
     attach(attached[1], client, None).remove()
@@ -113,7 +113,7 @@ def test_a_copy_is_freed_by_attaching_to_it(attached) -> None:
     assert not any(p._backward_hooks for p in client.parameters())
 
 
-@pytest.mark.trap(67)
+@pytest.mark.trap(55)
 def test_pickled_models_keep_their_zeros_here_and_in_another_process(attached, tmp_path) -> None:
     model, masks, _ = attached
     torch.save(model, tmp_path / "model.pt")
@@ -134,7 +134,7 @@ sapwood.assert_masked(model, masks)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.trap(68)
+@pytest.mark.trap(56)
 def test_no_saved_state_shows_a_revived_weight(attached) -> None:
     model, masks, _ = attached
     names = list(net().state_dict())
@@ -147,7 +147,7 @@ def test_no_saved_state_shows_a_revived_weight(attached) -> None:
     assert all((model[0].state_dict()["weight"][~masks["0.weight"]] == 0).all() for _ in range(2))
 
 
-@pytest.mark.trap(68)
+@pytest.mark.trap(56)
 @pytest.mark.parametrize("assign", [False, True])
 def test_dense_weights_that_are_loaded(attached, assign: bool) -> None:
     model, masks, _ = attached
@@ -159,7 +159,7 @@ def test_dense_weights_that_are_loaded(attached, assign: bool) -> None:
     assert all((model.state_dict()[name][~mask] == 0).all() for name, mask in masks.items())
 
 
-@pytest.mark.trap(68)
+@pytest.mark.trap(56)
 def test_averages_of_a_model_that_was_attached_keep_their_zeros(attached) -> None:
     model, masks, _ = attached
     for average in (AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)), AveragedModel(model)):
@@ -171,7 +171,7 @@ def test_averages_of_a_model_that_was_attached_keep_their_zeros(attached) -> Non
             assert all((average.state_dict()[f"module.{n}"][~m] == 0).all() for n, m in masks.items())
 
 
-@pytest.mark.trap(69)
+@pytest.mark.trap(57)
 @pytest.mark.parametrize("swaps", [False, True])
 def test_a_model_that_is_converted_after_attach(attached, swaps: bool) -> None:
     model, masks, attachment = attached
@@ -186,7 +186,7 @@ def test_a_model_that_is_converted_after_attach(attached, swaps: bool) -> None:
     assert alive(model, masks) == 0
 
 
-@pytest.mark.trap(69)
+@pytest.mark.trap(57)
 def test_a_model_that_moves_to_another_device(attached) -> None:
     model, masks, attachment = attached
     model.to("meta")
@@ -200,7 +200,7 @@ def test_a_model_that_moves_to_another_device(attached) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.trap(69)
+@pytest.mark.trap(57)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_model_that_moves_to_a_gpu() -> None:
     model = net()
@@ -217,7 +217,7 @@ def test_a_model_that_moves_to_a_gpu() -> None:
     attachment.finalize()
 
 
-@pytest.mark.trap(69)
+@pytest.mark.trap(57)
 @pytest.mark.parametrize(
     "replace",
     [
@@ -240,7 +240,7 @@ def test_a_parameter_that_is_taken_away_is_missed(attached, replace) -> None:
     model.state_dict()
 
 
-@pytest.mark.trap(69)
+@pytest.mark.trap(57)
 def test_weights_that_are_tied_after_attach_are_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     attach(random_masks(model), model, None)
@@ -249,7 +249,7 @@ def test_weights_that_are_tied_after_attach_are_refused() -> None:
         model(torch.randn(2, 8))
 
 
-@pytest.mark.trap(69)
+@pytest.mark.trap(57)
 def test_weights_that_cannot_be_trained_are_refused() -> None:
     with torch.inference_mode():
         made = nn.Linear(4, 4)

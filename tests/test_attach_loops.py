@@ -127,7 +127,7 @@ def drawn(optimizers):
 calm = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
 
 
-@pytest.mark.trap(60)
+@pytest.mark.trap(48)
 @settings(calm, max_examples=70)
 @drawn(set(OPTIMIZERS) - COMPILED)
 def test_training_loops_drawn_at_random(**drawing) -> None:
@@ -142,7 +142,7 @@ def test_many_training_loops_drawn_at_random(**drawing) -> None:
     trained_alike(**drawing)
 
 
-@pytest.mark.trap(60)
+@pytest.mark.trap(48)
 @pytest.mark.parametrize(
     "optimizer", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPILED)) for name in sorted(OPTIMIZERS)]
 )

@@ -51,7 +51,7 @@ def attached():
 # Optimizers.
 
 
-@pytest.mark.trap(60)
+@pytest.mark.trap(48)
 def test_two_phases() -> None:
     model = net()
     masks = random_masks(model)
@@ -63,7 +63,7 @@ def test_two_phases() -> None:
         assert alive(model, masks) == 0
 
 
-@pytest.mark.trap(61)
+@pytest.mark.trap(49)
 @pytest.mark.parametrize("is_held", [False, True])
 def test_a_layer_that_is_unfrozen_later(is_held: bool) -> None:
     model = net()
@@ -86,7 +86,7 @@ def test_a_layer_that_is_unfrozen_later(is_held: bool) -> None:
     assert not torch.equal(model[0].weight, before)
 
 
-@pytest.mark.trap(61)
+@pytest.mark.trap(49)
 def test_an_optimizer_that_is_built_after_attach(attached) -> None:
     model, masks, *_ = attached
     optimizer = Whitened(model.parameters())
@@ -99,7 +99,7 @@ def test_an_optimizer_that_is_built_after_attach(attached) -> None:
         assert alive(model, masks) == 0
 
 
-@pytest.mark.trap(62)
+@pytest.mark.trap(50)
 @pytest.mark.parametrize("wrap", [Accelerated, ListedLookahead, lambda o: Accelerated(ListedLookahead(o))])
 def test_wrappers_without_hooks(wrap) -> None:
     model = net()
@@ -119,7 +119,7 @@ def test_wrappers_without_hooks(wrap) -> None:
         assert alive(model, masks) == 0
 
 
-@pytest.mark.trap(62)
+@pytest.mark.trap(50)
 def test_a_scheduler_and_a_wrapper_know_of_each_other() -> None:
     model = net()
     masks = random_masks(model)
@@ -139,7 +139,7 @@ def test_a_scheduler_and_a_wrapper_know_of_each_other() -> None:
     assert wrapper.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
-@pytest.mark.trap(62)
+@pytest.mark.trap(50)
 def test_a_state_that_is_loaded_later_revives_nothing(attached) -> None:
     model, masks, optimizer, _ = attached
     dense = net()
@@ -153,7 +153,7 @@ def test_a_state_that_is_loaded_later_revives_nothing(attached) -> None:
     assert alive(model, masks) == 0
 
 
-@pytest.mark.trap(62)
+@pytest.mark.trap(50)
 def test_a_preconditioner_of_a_square_weight_is_no_momentum() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     masks = random_masks(model)
@@ -177,7 +177,7 @@ def test_codes_of_a_quantised_state_are_left_alone() -> None:
     assert (codes == 7).all()
 
 
-@pytest.mark.trap(63)
+@pytest.mark.trap(51)
 def test_an_optimizer_inside_of_the_backward_pass(attached) -> None:
     model, masks, *_ = attached
     optimizers = {p: SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
@@ -193,7 +193,7 @@ def test_an_optimizer_inside_of_the_backward_pass(attached) -> None:
         assert alive(model, masks) == 0
 
 
-@pytest.mark.trap(63)
+@pytest.mark.trap(51)
 @pytest.mark.parametrize("mode", [{"sparse": True}, {"sparse": False}])
 def test_sparse_gradients(mode) -> None:
     model = nn.Embedding(10, 4, **mode)
@@ -218,7 +218,7 @@ def test_sparse_gradients(mode) -> None:
         assert (model.weight[~masks["weight"]] == 0).all()
 
 
-@pytest.mark.trap(63)
+@pytest.mark.trap(51)
 def test_gradients_that_nobody_accumulates(attached) -> None:
     """`autograd.grad`, many gradients at once, and gradients of gradients: pruned entries are zero, kept ones right."""
     model, masks, *_ = attached
@@ -240,7 +240,7 @@ def test_gradients_that_nobody_accumulates(attached) -> None:
 # Forward passes.
 
 
-@pytest.mark.trap(64)
+@pytest.mark.trap(52)
 def test_every_forward_sees_zeros(attached) -> None:
     """The whole, a part, a layer; in training, evaluation and inference; under torch.func and checkpoints."""
     model, masks, *_ = attached
@@ -270,7 +270,7 @@ def test_every_forward_sees_zeros(attached) -> None:
         check(lambda: model(inputs))
 
 
-@pytest.mark.trap(64)
+@pytest.mark.trap(52)
 def test_a_weight_that_is_read_without_calling_its_module() -> None:
     class Part(nn.Module):
         def __init__(self) -> None:
@@ -290,7 +290,7 @@ def test_a_weight_that_is_read_without_calling_its_module() -> None:
         assert (model[0].attention.out_proj.weight[~masks["0.attention.out_proj.weight"]] == 0).all()
 
 
-@pytest.mark.trap(64)
+@pytest.mark.trap(52)
 def test_forward_passes_that_raise_or_precede_each_other(attached) -> None:
     model, masks, *_ = attached
     with pytest.raises(RuntimeError):
@@ -322,7 +322,7 @@ def test_an_attached_model_is_pruned_like_any_other(attached, method: str) -> No
         assert sapwood.prune(model, **options).masks == sapwood.prune(plain, **options).masks
 
 
-@pytest.mark.trap(65)
+@pytest.mark.trap(53)
 @pytest.mark.parametrize("how", ["compiled first", "compiled later", "compiled in place"])
 def test_what_a_compiled_forward_may_have_seen(how: str) -> None:
     model = net()
@@ -416,7 +416,7 @@ def test_weights_that_are_updated_by_hand() -> None:
             assert alive(model, masks) == 0
 
 
-@pytest.mark.trap(66)
+@pytest.mark.trap(54)
 def test_a_second_attach_replaces_the_masks_that_it_names(attached) -> None:
     model, masks, optimizer, first = attached
     others = Masks({"0.weight": ~masks["0.weight"]})
@@ -439,7 +439,7 @@ def test_a_second_attach_replaces_the_masks_that_it_names(attached) -> None:
     assert sum(hooks) == 0 and not any(p._backward_hooks for p in model.parameters())
 
 
-@pytest.mark.trap(66)
+@pytest.mark.trap(54)
 def test_a_weight_that_another_model_holds() -> None:
     one, other = net(), net()
     attachment = attach(random_masks(one), one, None)
@@ -450,7 +450,7 @@ def test_a_weight_that_another_model_holds() -> None:
     attach(random_masks(other), other, None)
 
 
-@pytest.mark.trap(66)
+@pytest.mark.trap(54)
 def test_two_models_share_a_backbone() -> None:
     backbone = nn.Linear(8, 8)
     one, other = nn.Sequential(backbone, nn.Linear(8, 3)), nn.Sequential(backbone, nn.Linear(8, 2))

@@ -104,7 +104,7 @@ def gradient(model, batches, **options) -> torch.Tensor:
 CUTS = [(4,), (3,), (1,), (2, 5), (1, 2, 3, 4, 5, 6, 7)]
 
 
-@pytest.mark.trap(75)
+@pytest.mark.trap(63)
 class TestWeights:
     @pytest.mark.parametrize("at", CUTS)
     def test_cross_entropy_is_the_mean_over_the_targets_that_count(self, at):
@@ -207,7 +207,7 @@ class TestParts:
 
     expected = property(lambda self: snip(linear(), [(X, Y)]))
 
-    @pytest.mark.trap(76)
+    @pytest.mark.trap(64)
     @pytest.mark.parametrize("kind", [tuple, list])
     def test_more_than_two_parts_are_refused(self, kind):
         for method in ("snip", "ntk-sap", "synflow"):
@@ -218,7 +218,7 @@ class TestParts:
         with pytest.raises(DataError, match="3 parts"):
             ntk.kernel(linear(), (X, X, Y))
 
-    @pytest.mark.trap(76)
+    @pytest.mark.trap(64)
     def test_named_fields_and_mappings_of_any_kind(self):
         @dataclasses.dataclass
         class Fields:
@@ -244,7 +244,7 @@ class TestParts:
         with pytest.raises(DataError, match="the key 0"):
             snip(linear(), [{0: X, "labels": Y}])
 
-    @pytest.mark.trap(76)
+    @pytest.mark.trap(64)
     def test_inputs_of_several_parts_and_objects_are_the_one_argument(self):
         several = {"forward": lambda model, inputs: model(inputs[0] + inputs[1])}
         assert snip(linear(), [((X, torch.zeros(8, 6)), Y)], **several) == self.expected
@@ -254,7 +254,7 @@ class TestParts:
         with pytest.raises(DataError, match=r"needs targets.*SimpleNamespace"):
             snip(linear(), [SimpleNamespace(x=X, y=Y)], **graph)
 
-    @pytest.mark.trap(76)
+    @pytest.mark.trap(64)
     def test_what_is_no_list_of_batches_is_refused(self):
         for batches, message in [
             (X, "one Tensor"),
@@ -270,13 +270,13 @@ class TestParts:
             snip(linear(), [(pair for pair in [(X, Y)])])
         assert snip(linear(), [(X[:1], Y[:1])]).kept == 9
 
-    @pytest.mark.trap(76)
+    @pytest.mark.trap(64)
     def test_ids_do_not_come_from_a_shape(self):
         model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
         with pytest.raises(UnsupportedModelError, match="Token ids come in batches"):
             prune(model, sparsity=0.5, input_shape=(16,))
 
-    @pytest.mark.trap(76)
+    @pytest.mark.trap(64)
     def test_a_forward_that_writes_into_its_inputs_gets_copies(self):
         class InPlace(nn.Linear):
             def forward(self, x):
@@ -292,7 +292,7 @@ class TestParts:
         assert snip(linear(), [(ours, Y)]) == self.expected
 
 
-@pytest.mark.trap(77)
+@pytest.mark.trap(65)
 class TestLosses:
     @pytest.mark.parametrize(
         ("target", "message"),
@@ -431,7 +431,7 @@ def seen_by(method: str, model: nn.Module, batches: list, **fields) -> list:
     return seen
 
 
-@pytest.mark.trap(78)
+@pytest.mark.trap(66)
 class TestDrawing:
     MASK = (torch.arange(8) < 5).float()
 
@@ -540,7 +540,7 @@ class Graph(nn.Module):
         return self.b(torch.zeros_like(hidden).index_add(0, edges[1], hidden[edges[0]]))
 
 
-@pytest.mark.trap(79)
+@pytest.mark.trap(67)
 @pytest.mark.filterwarnings("ignore::sapwood.SapwoodWarning")
 class TestRows:
     @pytest.mark.parametrize("method", QUICK)

@@ -79,7 +79,7 @@ def test_what_is_legal_passes(legal: dict) -> None:
     check(dataclasses.replace(Outer(), **legal))
 
 
-@pytest.mark.trap(96)
+@pytest.mark.trap(84)
 @pytest.mark.parametrize(
     ("illegal", "said"),
     [
@@ -122,7 +122,7 @@ def test_arguments_of_a_function() -> None:
             function(**{"model": mlp(2, 2), **wrong})
 
 
-@pytest.mark.trap(96)
+@pytest.mark.trap(84)
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
@@ -242,7 +242,7 @@ def users_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.trap(96)
+@pytest.mark.trap(84)
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize(
     ("path", "said"),

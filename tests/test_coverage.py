@@ -50,7 +50,7 @@ def batches():
 EXPERTS = 3 * (12 * 8 + 8 * 6)
 
 
-@pytest.mark.trap(82)
+@pytest.mark.trap(70)
 def test_the_report_says_what_is_left_dense_and_what_share_of_the_model_is_pruned():
     torch.manual_seed(0)
     model = Mixture()
@@ -74,7 +74,7 @@ def test_the_report_says_what_is_left_dense_and_what_share_of_the_model_is_prune
     assert "include=" in report and "norm" not in report
 
 
-@pytest.mark.trap(82)
+@pytest.mark.trap(70)
 def test_what_it_prints_is_what_include_takes():
     torch.manual_seed(0)
     model = Mixture()
@@ -87,7 +87,7 @@ def test_what_it_prints_is_what_include_takes():
         assert (name in result.masks) == (parameter.dim() > 1 and name != "head.weight")
 
 
-@pytest.mark.trap(82)
+@pytest.mark.trap(70)
 def test_a_glob_that_would_take_vectors_as_well_is_not_printed():
     model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     assert list(prune(model, method="random", density=0.5).coverage.left_out) == ["0.weight"]
@@ -112,7 +112,7 @@ def test_imp_reports_the_same():
     assert result.coverage == prune(model, method="magnitude", density=0.5, exclude="head").coverage
 
 
-@pytest.mark.trap(83)
+@pytest.mark.trap(71)
 def test_fan_ins_are_those_of_the_dense_layer_or_refused():
     torch.manual_seed(0)
     weights = {w.name: w for w in all_weights(Mixture())}
@@ -130,7 +130,7 @@ def test_fan_ins_are_those_of_the_dense_layer_or_refused():
     assert not stack.is_layer_weight and stack.layout is None and bias.layout is not None
 
 
-@pytest.mark.trap(83)
+@pytest.mark.trap(71)
 def test_a_transposed_linear_layer_is_known_by_what_it_is():
     class Conv1D(nn.Module):
         """Hugging Face's."""
@@ -146,7 +146,7 @@ def test_a_transposed_linear_layer_is_known_by_what_it_is():
     assert not all_weights(own)[0].is_layer_weight
 
 
-@pytest.mark.trap(83)
+@pytest.mark.trap(71)
 def test_whole_channels_of_a_stack_are_refused_and_a_diagnosis_counts_no_units():
     torch.manual_seed(0)
     model = Mixture()
@@ -158,7 +158,7 @@ def test_whole_channels_of_a_stack_are_refused_and_a_diagnosis_counts_no_units()
     assert layers["layers.0.mlp.gate_up_proj"].units == 0 and layers["layers.0.proj.weight"].units == 8
 
 
-@pytest.mark.trap(83)
+@pytest.mark.trap(71)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
 def test_quantised_weights_are_refused_by_name_with_the_remedy(dtype):
     model = mlp(4, 6, 3)
@@ -171,7 +171,7 @@ def test_quantised_weights_are_refused_by_name_with_the_remedy(dtype):
     assert left.excluded == {"2.weight": 18}
 
 
-@pytest.mark.trap(83)
+@pytest.mark.trap(71)
 def test_a_kernel_of_all_parameters_is_of_those_that_have_derivatives():
     class Indexed(nn.Module):
         def __init__(self):

@@ -79,7 +79,7 @@ def test_the_method_in_thirty_lines():
     assert flat[kept].min() >= flat[~kept].max()
 
 
-@pytest.mark.trap(88)
+@pytest.mark.trap(76)
 @pytest.mark.parametrize("name", ["growth", "method_of_the_page:Growth"])
 def test_the_method_in_thirty_lines_runs_in_the_commands(name, tmp_path, monkeypatch, capsys):
     """As a row of the table, and by its import path: what it needs is asked of it, and stands in no list."""

@@ -47,7 +47,7 @@ def some_masks(rng: random.Random) -> Masks:
     )
 
 
-@pytest.mark.trap(95)
+@pytest.mark.trap(83)
 @lengths(600, 30_000)
 def test_damaged_mask_files(tmp_path, count):
     rng = random.Random(SEED + count)
@@ -125,7 +125,7 @@ def odd_entry(part: Path, rng: random.Random) -> tuple[str, Path]:
     return "fine", name
 
 
-@pytest.mark.trap(97)
+@pytest.mark.trap(85)
 @lengths(40, 1000)
 def test_odd_image_folders(tmp_path, count):
     rng = random.Random(SEED + count)
@@ -284,7 +284,7 @@ def outcome(typed: list[str]) -> str:
     return f"refused {code}"
 
 
-@pytest.mark.trap(96)
+@pytest.mark.trap(84)
 @lengths(60, 2500)
 def test_command_lines(tmp_path, nothing_runs, count):
     """Flags with legal values are accepted; one that is not legal is refused, before anything begins."""
@@ -302,7 +302,7 @@ def test_command_lines(tmp_path, nothing_runs, count):
         assert not any(path.name != "m" for path in tmp_path.iterdir()), line
 
 
-@pytest.mark.trap(96)
+@pytest.mark.trap(84)
 @pytest.mark.parametrize("command", OUT)
 @pytest.mark.parametrize("out", ["file", "file/child", "/dev/null", "/dev/null/x", "x" * 300, "pipe", "link"])
 def test_outputs_that_cannot_be_written(tmp_path, nothing_runs, command, out):

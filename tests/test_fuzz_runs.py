@@ -102,7 +102,7 @@ MUTATIONS = (flip, flip, cut, grow, zero, take_anothers, vanish, become_a_folder
 MUTATIONS += (empty_object,)
 
 
-@pytest.mark.trap(90)
+@pytest.mark.trap(78)
 @pytest.mark.parametrize("rounds", LENGTHS)
 @pytest.mark.parametrize("moment", ["finished", "half-way"])
 def test_a_mutated_folder_gives_the_same_result_or_a_sentence(tmp_path, moment, rounds):

@@ -36,7 +36,7 @@ def harmless(text: str) -> bool:
     return all(character.isprintable() or character == "\n" for character in text)
 
 
-@pytest.mark.trap(99)
+@pytest.mark.trap(87)
 def test_what_does_not_print_is_escaped():
     assert visible(EVIL) == SHOWN
     assert visible("é 漢 🌲 \ud800") == "é 漢 🌲 \\ud800"
@@ -45,7 +45,7 @@ def test_what_does_not_print_is_escaped():
     assert harmless(Masks({EVIL: torch.tensor([True])}).table())
 
 
-@pytest.mark.trap(99)
+@pytest.mark.trap(87)
 def test_a_comparison_of_a_hostile_model(tmp_path, capsys):
     out = tmp_path / "out"
     typed = ["compare", "--model", f"{__name__}:hostile", "--methods", "random", "--sparsities", "0.5", "--seeds", "0"]
@@ -77,7 +77,7 @@ def test_titles_and_settings_of_the_markdown_page():
     assert "<i>" not in html.render(text="<i>")
 
 
-@pytest.mark.trap(99)
+@pytest.mark.trap(87)
 def test_provenance_is_shown_escaped(tmp_path, capsys):
     Masks({"a": torch.tensor([True])}, {"method": "\x1b]0;title\x07", EVIL: {"x": EVIL}}).save(tmp_path / "m\x1b")
     assert main(["show", str(tmp_path / "m\x1b")]) == 0
@@ -103,7 +103,7 @@ def test_a_pipe_that_knows_few_characters(tmp_path, monkeypatch):
     assert rb"\u6f22" in raw.getvalue() and raw.getvalue().isascii()
 
 
-@pytest.mark.trap(96)
+@pytest.mark.trap(84)
 @pytest.mark.parametrize("wrong", [{"seconds": "x"}, {"seconds": None}, {"method": 3}, {"fields": [1]}])
 def test_masks_of_a_wrong_provenance_are_refused_before_training(tmp_path, capsys, monkeypatch, wrong):
     from test_mask_files import forged, header_of

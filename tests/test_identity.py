@@ -147,7 +147,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.trap(90)
+@pytest.mark.trap(78)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("moment", ["half-way", "finished"])
 def test_changed_images_are_refused_in_a_sentence_and_nothing_is_touched(tmp_path, data, change, moment):
@@ -167,7 +167,7 @@ def test_changed_images_are_refused_in_a_sentence_and_nothing_is_touched(tmp_pat
     assert moment == "half-way" or again == before
 
 
-@pytest.mark.trap(90)
+@pytest.mark.trap(78)
 def test_compare_refuses_before_anything_is_run_and_says_it_once(tmp_path, data, capsys, monkeypatch):
     monkeypatch.setattr("sapwood.experiments.report.write_report", lambda outcomes, out, *_, **__: out / "report.html")
     typed = ["compare", "--data", "folder", "--model", "mlp", "--methods", "snip", "--sparsities", "0.5", "--seeds"]
@@ -186,7 +186,7 @@ def test_compare_refuses_before_anything_is_run_and_says_it_once(tmp_path, data,
     assert main([*typed[:-3], "--out", str(tmp_path / "new"), "--data-root", str(other)]) == 0
 
 
-@pytest.mark.trap(90)
+@pytest.mark.trap(78)
 def test_train_refuses_other_images(tmp_path, data, capsys):
     typed = ["train", "mlp", "--data", "folder", "--epochs", "1", "--milestones", "--out", str(tmp_path / "out")]
     assert main([*typed, "--data-root", str(data)]) == 0
@@ -195,7 +195,7 @@ def test_train_refuses_other_images(tmp_path, data, capsys):
     assert "images or labels" in capsys.readouterr().err
 
 
-@pytest.mark.trap(90)
+@pytest.mark.trap(78)
 def test_masks_and_kernels_of_other_images_are_not_used(tmp_path, capsys):
     data = images(tmp_path / "data", count=10)
     typed = ["ntk", "mlp", "--data", "folder", "--method", "snip", "--sparsity", "0.5", "--per-class", "1"]
@@ -207,7 +207,7 @@ def test_masks_and_kernels_of_other_images_are_not_used(tmp_path, capsys):
     assert "images or labels" in capsys.readouterr().err
 
 
-@pytest.mark.trap(90)
+@pytest.mark.trap(78)
 def test_data_that_change_while_a_comparison_goes_on_are_noticed(tmp_path, data):
     inputs = identity.inputs(SNIP, load_data("folder", None, place(data)))
     other_pixel(data)
@@ -312,7 +312,7 @@ EDITS = (
 )
 
 
-@pytest.mark.trap(91)
+@pytest.mark.trap(79)
 @pytest.mark.parametrize("what", EDITS)
 def test_an_edited_method_is_another_method(tmp_path, code, monkeypatch, what):
     steps = edited(code, monkeypatch, what)
@@ -327,7 +327,7 @@ def test_an_edited_method_is_another_method(tmp_path, code, monkeypatch, what):
     run(RunConfig("digits", "mlp", "snip", 0.2, train=SHORT), tmp_path / "other", place())  # which has no such code
 
 
-@pytest.mark.trap(91)
+@pytest.mark.trap(79)
 @pytest.mark.parametrize("what", ["forward", "helper", "layers", "weights"])
 def test_an_edited_model_is_another_model(tmp_path, code, what):
     code(mynet=MODEL.format(imports="import act", activation="act.f"), act="import torch\nf = torch.relu\n")
@@ -347,7 +347,7 @@ def test_an_edited_model_is_another_model(tmp_path, code, what):
     assert run(config, tmp_path / "out", place()) == before
 
 
-@pytest.mark.trap(91)
+@pytest.mark.trap(79)
 def test_a_kernel_of_an_edited_forward_is_computed_again(tmp_path, code, capsys, monkeypatch):
     monkeypatch.setattr("sapwood.experiments.figures.save", lambda *_: None)
     code(mynet=MODEL.format(imports="", activation="torch.relu"))
@@ -501,7 +501,7 @@ def test_the_library_of_a_model_counts_with_its_version():
 # Versions, and runs that go on.
 
 
-@pytest.mark.trap(92)
+@pytest.mark.trap(80)
 @pytest.mark.parametrize("which", ["sapwood", "torch"])
 def test_a_run_that_another_version_began_does_not_go_on_silently(tmp_path, monkeypatch, which):
     config = dataclasses.replace(SNIP, data="digits")
@@ -515,7 +515,7 @@ def test_a_run_that_another_version_began_does_not_go_on_silently(tmp_path, monk
     assert run(config, tmp_path / "half", place()).epochs == 2
 
 
-@pytest.mark.trap(92)
+@pytest.mark.trap(80)
 def test_compare_says_which_runs_another_version_began(tmp_path, monkeypatch):
     config = dataclasses.replace(SNIP, data="digits")
     half(config, run_folder(tmp_path, config), place())
@@ -534,7 +534,7 @@ def test_a_run_that_goes_on_on_another_machine_says_both(tmp_path, monkeypatch):
     assert store.finished(tmp_path, config) == result
 
 
-@pytest.mark.trap(92)
+@pytest.mark.trap(80)
 def test_a_half_way_run_without_a_record_is_not_taken_up(tmp_path):
     config = dataclasses.replace(SNIP, data="digits")
     half(config, tmp_path, place())

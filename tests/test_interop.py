@@ -168,7 +168,7 @@ def trajectory(model, masks, steps=3):
         return [*(output.detach() for output in outputs), model.eval()(x), model(x)]
 
 
-@pytest.mark.trap(84)
+@pytest.mark.trap(72)
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_a_converted_model_trains_as_one_that_is_masked_by_hand(build):
     torch.manual_seed(0)
@@ -203,7 +203,7 @@ def in_a_module_of_its_own(model):
     model.kept = [twin]
 
 
-@pytest.mark.trap(84)
+@pytest.mark.trap(72)
 @pytest.mark.parametrize("hold", [in_a_container, in_a_closure, in_a_module_of_its_own])
 def test_a_weight_that_the_forward_holds_past_its_module_is_refused_and_nothing_is_changed(hold):
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))
@@ -214,7 +214,7 @@ def test_a_weight_that_the_forward_holds_past_its_module_is_refused_and_nothing_
     assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-@pytest.mark.trap(84)
+@pytest.mark.trap(72)
 def test_a_tied_weight_that_is_masked_in_part_has_no_mask():
     model = Tied()
     one, other = (torch.rand(5, 5, generator=torch.Generator().manual_seed(seed)) < 0.5 for seed in (0, 1))

@@ -45,7 +45,7 @@ def refused(path: Path, content: bytes, match: str = ".") -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.trap(95)
+@pytest.mark.trap(83)
 def test_equal_masks_are_equal_files_in_every_process(tmp_path):
     script = (
         "import torch; from sapwood import Masks; import sys\n"
@@ -72,7 +72,7 @@ def test_others_can_read_it(tmp_path):
     assert text == "".join(str(int(kept)) for kept in masks["a.weight"].flatten()) + "0"
 
 
-@pytest.mark.trap(95)
+@pytest.mark.trap(83)
 def test_every_flipped_bit_is_noticed(tmp_path):
     masks = Masks({"a": torch.tensor([True, False, True])}, {"seed": 1})
     path = tmp_path / "m"
@@ -86,7 +86,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
             Masks.load(path)
 
 
-@pytest.mark.trap(95)
+@pytest.mark.trap(83)
 def test_the_checksum_is_asked_for(tmp_path):
     path = tmp_path / "m"
     example().save(path)
@@ -154,7 +154,7 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.trap(95)
+@pytest.mark.trap(83)
 @pytest.mark.parametrize("what", STRUCTURES)
 def test_structure_is_checked_before_it_is_believed(tmp_path, what):
     """Files whose checksum is right, made by somebody else."""

@@ -81,7 +81,7 @@ def twins(tree) -> tuple[nn.Module, nn.Module]:
     return plain, model
 
 
-@pytest.mark.trap(80)
+@pytest.mark.trap(68)
 @settings(max_examples=150, deadline=None)
 @given(trees())
 def test_any_nest_of_wrappers_has_the_names_of_the_bare_model(tree):
@@ -97,7 +97,7 @@ def test_any_nest_of_wrappers_has_the_names_of_the_bare_model(tree):
     assert fingerprint(names.parameters) == fingerprint(bare)
 
 
-@pytest.mark.trap(80)
+@pytest.mark.trap(68)
 @settings(max_examples=60, deadline=None)
 @given(trees(), st.integers(0, 100))
 def test_every_call_that_takes_masks_sees_through_any_nest(tree, seed):
@@ -134,7 +134,7 @@ class OwnNames(nn.Module):
         return self.fc(torch.relu(self._orig_mod(torch.relu(self.module(x)))))
 
 
-@pytest.mark.trap(81)
+@pytest.mark.trap(69)
 def test_a_users_own_module_keeps_its_name():
     model = OwnNames()
     expected = ["module.weight", "_orig_mod.weight", "fc.weight"]
@@ -143,7 +143,7 @@ def test_a_users_own_module_keeps_its_name():
     assert unwrapped(model) is model and unwrapped(compiled(AveragedModel(nn.DataParallel(model)))) is not model
 
 
-@pytest.mark.trap(81)
+@pytest.mark.trap(69)
 def test_a_subclass_that_computes_is_no_wrapper():
     class Scaled(nn.DataParallel):
         def forward(self, x):
@@ -153,7 +153,7 @@ def test_a_subclass_that_computes_is_no_wrapper():
     assert unwrapped(model) is model and list(prunable(model)) == ["module.weight"]
 
 
-@pytest.mark.trap(81)
+@pytest.mark.trap(69)
 def test_names_that_would_collide_are_refused_with_both():
     model = nn.Sequential()
     model.add_module("a", nn.Sequential())
@@ -171,7 +171,7 @@ def test_names_that_would_collide_are_refused_with_both():
     Masks.dense({"fc.weight": torch.zeros(2, 2)}).check(both)  # its own name is there
 
 
-@pytest.mark.trap(81)
+@pytest.mark.trap(69)
 def test_masks_apply_under_raw_names_or_say_that_they_cannot():
     params = {"body._orig_mod.weight": torch.ones(2), "fc.bias": torch.ones(1)}
     masks = Masks({"body.weight": torch.tensor([True, False])})
@@ -189,7 +189,7 @@ def as_former_versions_wrote(model: nn.Module) -> Masks:
     return Masks(keep, {"fingerprint": fingerprint(named)})
 
 
-@pytest.mark.trap(81)
+@pytest.mark.trap(69)
 @pytest.mark.parametrize("wrap", [lambda m: m, *WRAPPERS.values()], ids=["bare", *WRAPPERS])
 def test_files_of_former_versions_are_accepted(wrap, tmp_path):
     plain = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -202,7 +202,7 @@ def test_files_of_former_versions_are_accepted(wrap, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(fitted.values(), old.values(), strict=True))
 
 
-@pytest.mark.trap(81)
+@pytest.mark.trap(69)
 def test_a_former_file_of_a_module_called_module_is_read():
     model = nn.Sequential()
     model.add_module("module", nn.Linear(4, 3))
@@ -247,7 +247,7 @@ def test_tied_weights_may_be_named_by_any_owner():
         names.fit(Masks({"0.weight": mask, "2.weight": ~mask}))
 
 
-@pytest.mark.trap(81)
+@pytest.mark.trap(69)
 def test_attach_and_imp_take_the_masks_of_modules_with_names_of_wrappers():
     model = OwnNames(AveragedModel)
     masks = prune(model, method="random", density=0.5).masks
@@ -281,7 +281,7 @@ def sharded(module, *, use_orig_params=True):
         return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
 
 
-@pytest.mark.trap(80)
+@pytest.mark.trap(68)
 @pytest.mark.parametrize("where", ["whole", "part"])
 def test_wrappers_of_distributed_training(where, tmp_path):
     from lightning_fabric import Fabric
@@ -303,7 +303,7 @@ def test_wrappers_of_distributed_training(where, tmp_path):
             assert not Names.of(model).parameters["module.weight"][~result.masks["module.weight"]].any()
 
 
-@pytest.mark.trap(80)
+@pytest.mark.trap(68)
 def test_shards_are_refused_by_name_with_the_way_out(tmp_path):
     masks = prune(mlp(4, 6, 3), method="random", density=0.5).masks
     with alone(tmp_path):

@@ -143,7 +143,7 @@ def channel_scores(model: nn.Module, criterion: Taylor, name: str = "c.weight", 
     return scores[name].flatten(1)[:, 0]
 
 
-@pytest.mark.trap(89)
+@pytest.mark.trap(77)
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("case", BEHIND)
 def test_the_gate_stands_behind_the_norm(case, train):

@@ -127,7 +127,7 @@ class TestOneRound:
         found = NtkSap(epsilon=1e-4).mask_gradient(net, Masks.dense(net.weights), params, direction, inputs)
         equal({name: gradient.abs() for name, gradient in found.items()}, given["scores"])
 
-    @pytest.mark.trap(85)
+    @pytest.mark.trap(73)
     def test_force_takes_nll_of_raw_logits(self):
         given = vector("force_saliency")
         inputs, targets = batch_of(given)
@@ -173,7 +173,7 @@ PX_CASES = {
 
 
 class TestPX:
-    @pytest.mark.trap(86)
+    @pytest.mark.trap(74)
     @pytest.mark.parametrize("case", PX_CASES)
     def test_formula_and_released_code(self, case):
         given = vector("px")[case]
@@ -191,7 +191,7 @@ class TestPX:
 class TestRounds:
     """SynFlow to a quarter in twenty rounds: one weight a round is all that differs."""
 
-    @pytest.mark.trap(87)
+    @pytest.mark.trap(75)
     @pytest.mark.parametrize(("rounding", "who"), [("up", "their"), ("nearest", "sapwood")])
     def test_kept_weights_and_masks(self, rounding, who):
         given = vector("synflow_rounds")
@@ -293,7 +293,7 @@ class TestNtt:
 
 
 class TestTaylor:
-    @pytest.mark.trap(89)
+    @pytest.mark.trap(77)
     @pytest.mark.parametrize(("mode", "train"), [("train mode", True), ("eval mode", False)])
     def test_channels_behind_batchnorm(self, mode, train):
         """Theirs is the mean over batches, ours the sum."""

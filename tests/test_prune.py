@@ -136,7 +136,7 @@ class TestEveryMethodOnEveryNet:
         assert runs[0].provenance == runs[1].provenance
 
 
-@pytest.mark.trap(88)
+@pytest.mark.trap(76)
 @pytest.mark.filterwarnings("ignore::sapwood.SapwoodWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_who_says_that_it_needs_no_data_looks_at_none(method):

@@ -56,7 +56,7 @@ def half_way(tmp_path):
 # Metrics.
 
 
-@pytest.mark.trap(93)
+@pytest.mark.trap(81)
 def test_metrics_of_a_resumed_run_have_the_earlier_epochs_all_the_time(half_way, whole):
     seen = []
 
@@ -69,7 +69,7 @@ def test_metrics_of_a_resumed_run_have_the_earlier_epochs_all_the_time(half_way,
     assert losses[0] == losses[1]
 
 
-@pytest.mark.trap(93)
+@pytest.mark.trap(81)
 def test_metrics_that_were_lost_or_are_ahead_follow_the_checkpoint(half_way):
     """As a kill between the checkpoint and the metrics leaves them, or somebody's hand."""
     seen = []
@@ -126,7 +126,7 @@ class Removing:
 # What kills and full disks leave.
 
 
-@pytest.mark.trap(94)
+@pytest.mark.trap(82)
 def test_what_a_killed_write_of_masks_left_is_removed_by_the_next_run(tmp_path):
     out = tmp_path / "out"
     script = (
@@ -146,7 +146,7 @@ COMPARE = ["compare", "--model", "mlp", "--methods", "random", "--sparsities", "
 COMPARE += ["--epochs", "1", "--milestones", "--workers", "1", "--out"]
 
 
-@pytest.mark.trap(94)
+@pytest.mark.trap(82)
 @pytest.mark.parametrize("name", ["accuracy.svg", "accuracy.png"])
 def test_a_full_disk_leaves_no_half_of_a_figure(tmp_path, monkeypatch, name):
     def full(path):
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_no_half_of_a_figure(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.slow
-@pytest.mark.trap(94)
+@pytest.mark.trap(82)
 @pytest.mark.parametrize("name", ["accuracy.svg", "accuracy.png", "results.csv", "report.md", "report.html"])
 def test_a_full_disk_leaves_no_half_of_a_reports_file(tmp_path, monkeypatch, capsys, name):
     real = files._sync

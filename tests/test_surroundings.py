@@ -55,7 +55,7 @@ AROUND = {
 }
 
 
-@pytest.mark.trap(98)
+@pytest.mark.trap(86)
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in SLOW])
 def test_masks_do_not_depend_on_what_is_around(method: str) -> None:
     model = net()
@@ -67,7 +67,7 @@ def test_masks_do_not_depend_on_what_is_around(method: str) -> None:
         assert not any(mask.is_inference() for mask in found.values())
 
 
-@pytest.mark.trap(98)
+@pytest.mark.trap(86)
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in SLOW])
 def test_models_and_batches_made_in_inference_mode(method: str) -> None:
     expected = masks_of(method, net())
@@ -77,7 +77,7 @@ def test_models_and_batches_made_in_inference_mode(method: str) -> None:
     assert all(parameter.is_inference() for parameter in model.parameters())  # the model itself is as it was
 
 
-@pytest.mark.trap(98)
+@pytest.mark.trap(86)
 def test_files_and_batches_do_not_depend_on_it_either(tmp_path) -> None:
     masks = masks_of("random", net())
     masks.save(tmp_path / "m")
