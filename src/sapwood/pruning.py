@@ -318,7 +318,7 @@ def _check_scores(scores: Scores, masks: Masks, net: FunctionalModel, method: Me
                 f"{name_of} gave NaN or infinite scores in {name!r}: check the model's outputs and loss on this input "
                 "(exploding activations without normalisation?)."
             )
-    if unreached := net.unreached():
+    if unreached := net.derivatives.missing(net.prunable):
         raise ScoreError(
             f"{name_of} has nothing to score {unreached[0]!r} by ({len(unreached)} such weights): what it "
             "differentiates does not depend on them. Is the layer used in training mode only, behind a detach or "
