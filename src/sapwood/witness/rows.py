@@ -26,6 +26,7 @@ from sapwood.batches import (
 )
 from sapwood.errors import DataError, SapwoodError
 from sapwood.functional import FunctionalModel
+from sapwood.isolation import RandomState
 
 TOLERANCE = 1e-3  # of the largest output: single precision, and kernels that depend on the shape
 
@@ -111,6 +112,8 @@ def _unlike(pair: Batch) -> Batch:
 @torch.no_grad()
 def _outputs(net: FunctionalModel, batch: Batch) -> Tensor:
     """The logits at fixed weights, none of which are zero; a random forward has the same noise every time."""
-    devices = [net.device] if net.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    before = RandomState.now(net.device)
+    try:
         return net.outputs(net.drawn(), batch)
+    finally:
+        before.restore()
