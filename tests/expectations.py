@@ -57,7 +57,7 @@ def flow_is_defined(recipe: Recipe) -> bool:
 
 def closed_form_is_known(recipe: Recipe) -> bool:
     """Whether it is among the architectures of which the closed form has all rules."""
-    known = {"linear", "residual", "frozen", "half frozen", "frozen norm", "counters", "hooked", "layer scale"}
+    known = {"linear", "residual", "frozen", "half frozen", "frozen norm", "hooked", "layer scale"}
     maps = {"convolution", "residual convolution", "concatenated", "grouped", "depthwise", "transposed"}
     return (
         set(recipe.trunk) <= known
@@ -75,6 +75,8 @@ def has_oracle(recipe: Recipe, method: str) -> bool:
         return flow_is_defined(recipe)
     if method == "ntk-sap" and "by value" in recipe.features:  # the batch decides, so it is run whole, as it came
         return False
+    if "dead" in recipe.troubles and "batch" in recipe.norm:
+        return False  # which divides a constant's rounding by its deviation
     if recipe.troubles & NOISY:  # several passes, or one after a look that has drawn: in which state is not promised
         return method in ("magnitude", "janowsky", "snip", "taylor", "ntk-sap")
     return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -126,7 +126,7 @@ def assert_nothing_left(sample: Sample, method: str, outcome: Outcome) -> None:
     expected = oracles.ORACLES[method](_case(sample), last) if has_oracle(sample.recipe, method) else last.scores
     luck.restore()
     assert not any(score[last.masks[name]].any() for name, score in expected.items())
-    assert sample.recipe.troubles or len(outcome.turns) > 1
+    assert len(outcome.turns) > 1 or may_be_refused(sample.recipe, method)
 
 
 def assert_is_a_sentence(sample: Sample, refusal: str) -> None:
@@ -167,10 +167,11 @@ def _case(sample: Sample) -> Case:
 
 
 def assert_equal(scores: dict[str, Tensor], expected: dict[str, Tensor], method: str) -> None:
+    near = 1e-2 if method == "ntk-sap" else 1e-3  # differences of two passes in float32
     largest = max(float(score.abs().max()) for score in expected.values())
     for name, score in expected.items():
         torch.testing.assert_close(
-            scores[name].double(), score.double(), rtol=1e-3, atol=1e-3 * float(score.abs().max()) + 1e-6 * largest,
+            scores[name].double(), score.double(), rtol=near, atol=near * float(score.abs().max()) + 1e-6 * largest,
             msg=lambda text, name=name: f"{method} scores {name!r} otherwise than its oracle: {text}",
         )  # fmt: skip
 
@@ -182,7 +183,13 @@ def assert_highest(scores: dict[str, Tensor], candidates: dict[str, Tensor], kee
     assert float(torch.cat(best).min()) >= float(torch.cat(rest).max())
 
 
-COMMON = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+COMMON = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],  # a recipe is short as it is
+)
 
 
 # The other doors.
@@ -245,7 +252,8 @@ def test_any_model_is_scored_rightly_or_refused(recipe, methods):
 @pytest.mark.timeout(1200)  # half a minute of one core each
 @pytest.mark.parametrize("body", BODIES)
 def test_every_method_on_hundreds_of_models(body):
-    @settings(COMMON, max_examples=40)
+    @seed(list(BODIES).index(body))  # else every body has the same forty
+    @settings(COMMON, derandomize=False, max_examples=40)
     @given(recipes())
     def each(recipe):
         check(dataclasses.replace(recipe, body=body), ALL)
