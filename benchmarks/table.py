@@ -38,25 +38,26 @@ def growth(rows: list[Row], machine: dict[str, str]) -> str:
 
 
 def looks(rows: list[Row], machine: dict[str, str]) -> str:
-    """One line a network and method: CPU seconds of reading and looking, of the whole search, and their share."""
+    """One line a network and method: CPU seconds of reading, of looking and of the whole search; the looks' share."""
     lines = []
     for case in _distinct(rows, "case"):
         for method in _distinct(rows, "method"):
             mine = [row for row in rows if (row["case"], row["method"]) == (case, method) and "cpu_s" in row]
             if not mine:
                 continue
-            seconds = [row["look_cpu_s"] for row in mine]
+            reads, seconds = ([row[key] for row in mine] for key in ("read_cpu_s", "look_cpu_s"))
             searches = [_with_looks(row) for row in mine]
             shares = [100 * look / search for look, search in zip(seconds, searches, strict=True)]
-            lines.append([case, method, _spread(seconds), _spread(searches), _spread(shares), _basis(mine[0])])
-    head = ["network", "method", "reading and looking, CPU-s", "whole search, CPU-s", "share, %", "search from"]
+            cells = map(_spread, (reads, seconds, searches, shares))
+            lines.append([case, method, *cells, _basis(mine[0])])
+    head = ["network", "method", "reading, CPU-s", "looking, CPU-s", "whole search, CPU-s", "looking, %", "from"]
     return "\n".join([_heading(rows, machine), _table(head, lines)])
 
 
 def _with_looks(row: Row) -> float:
     """CPU seconds of the whole search, the looks in it once."""
     whole = row["mini_batches"] == row["all_mini_batches"]
-    return float(row["cpu_s"]) if whole else _full(row, "cpu_s") + row["look_cpu_s"]
+    return float(row["cpu_s"]) if whole else _full(row, "cpu_s") + row["read_cpu_s"] + row["look_cpu_s"]
 
 
 def steps(rows: list[Row], machine: dict[str, str]) -> str:

@@ -25,6 +25,7 @@ import sapwood
 from sapwood import models
 from sapwood.batches import Data
 from sapwood.experiments.fields import parse_variant
+from sapwood.functional import FunctionalModel
 from sapwood.isolation import isolated
 from sapwood.methods import METHODS, configured
 from sapwood.witness import opened
@@ -42,7 +43,8 @@ class Plan:
         mini_batches: Mini-batches (of Monte-Carlo and labelled methods) or rounds (of others) that it runs; of
             `all_mini_batches`.
         unit: What they are called.
-        look: The looks at the model that the call begins with, which a longer search does not repeat.
+        read: The reading of the model that the call begins with, which a longer search does not repeat.
+        look: The same with the looks at the model.
     """
 
     run: Callable[[], Any]
@@ -51,6 +53,7 @@ class Plan:
     mini_batches: int
     all_mini_batches: int
     unit: str
+    read: Callable[[], Any] = lambda: None
     look: Callable[[], Any] = lambda: None
 
 
@@ -93,31 +96,33 @@ def planned(case: Case, text: str, extent: str) -> Plan:
         fields["batch_size"] = min(case.batch_size, fields.get("batch_size", recipe.criterion.batch_size))
     recipe = configured(variant.method, recipe, fields)
     options = {"method": variant.method, "density": case.density, "input_shape": case.input_shape, **fields}
-    look = partial(_looked_at, model, case.input_shape)
+    once = (partial(_read, model), partial(_looked_at, model, case.input_shape))
     if draws:
         sizes = _sizes(recipe.criterion.samples, recipe.criterion.batch_size) * recipe.criterion.resamples
         if part:
             options |= {"rounds": 1, "resamples": 1, "samples": sizes[0]}
-        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, look)
+        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, once)
     if getattr(recipe, "needs_data", True):
         sizes = _sizes(case.labelled, case.batch_size)
         options |= {"batches": _labelled(case, sizes[:1] if part else sizes)} | ({"rounds": 1} if part else {})
-        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, look)
-    return Plan(lambda: sapwood.prune(model, **options), 1, 1, recipe.rounds, recipe.rounds, "rounds", look)
+        return _plan(lambda: sapwood.prune(model, **options), sizes, recipe.rounds, part, once)
+    return Plan(lambda: sapwood.prune(model, **options), 1, 1, recipe.rounds, recipe.rounds, "rounds", *once)
 
 
 def timed(plan: Plan) -> dict[str, Any]:
-    """Wall and CPU seconds, and bytes at the peak and before; the looks at the model apart, in CPU seconds.
+    """Wall and CPU seconds, and bytes at the peak and before; reading and looking at the model apart, in CPU seconds.
 
-    A part of a search is without them, since what it stands for has them only once.
+    A part of a search is without these, since what it stands for has them only once.
     """
     before = _resident("VmRSS")
+    plan.look()  # what it loads at its first call is no cost of the second
+    _, read = _seconds(plan.read)
     _, look = _seconds(plan.look)
     wall, cpu = _seconds(plan.run)
     bytes_used = {"peak_bytes": _resident("VmHWM"), "before_bytes": before}
     once = look if plan.mini_batches < plan.all_mini_batches else 0.0
-    measured = {"wall_s": wall - once, "cpu_s": cpu - once, "look_cpu_s": look, **bytes_used}
-    shares = {key: value for key, value in vars(plan).items() if key not in ("run", "look")}
+    measured = {"wall_s": wall - once, "cpu_s": cpu - once, "read_cpu_s": read, "look_cpu_s": look - read, **bytes_used}
+    shares = {key: value for key, value in vars(plan).items() if key not in ("run", "read", "look")}
     return {**measured, **shares, "torch": torch.__version__, "sapwood": sapwood.__version__}
 
 
@@ -138,6 +143,11 @@ def _seconds(call: Callable[[], Any]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _read(model: torch.nn.Module) -> Any:
+    with isolated(0, torch.device("cpu")):
+        return FunctionalModel.of(model)
 
 
 def _looked_at(model: torch.nn.Module, input_shape: tuple[int, ...]) -> Any:
@@ -182,11 +192,11 @@ def _published(case: Case, model: torch.nn.Module, *, part: bool) -> Plan:
 
 
 def _plan(
-    run: Callable[[], Any], sizes: list[int], rounds: int, part: bool, look: Callable[[], Any] = lambda: None
+    run: Callable[[], Any], sizes: list[int], rounds: int, part: bool, once: tuple[Callable[[], Any], ...] = ()
 ) -> Plan:
     every = (sum(sizes) * rounds, len(sizes) * rounds)
     done = (sizes[0], 1) if part else every
-    return Plan(run, done[0], every[0], done[1], every[1], "mini-batches", look)
+    return Plan(run, done[0], every[0], done[1], every[1], "mini-batches", *once)
 
 
 def _sizes(samples: int, batch_size: int) -> list[int]:
