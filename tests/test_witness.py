@@ -203,6 +203,30 @@ def test_the_other_doors_refuse_it_too():
     assert ntk.kernel(model, ROWS, parameters="weight").shape == (24, 24)  # the dense kernel is what it is
 
 
+@pytest.mark.trap(41)
+@pytest.mark.parametrize("kind", sorted(set(ALONE) - {"weight_norm", "weight_norm of a GRU cell"}))
+def test_masks_from_elsewhere_are_refused_when_they_are_attached(kind):
+    model = TRANSFORMED[kind]()
+    weights = {n: p for n, p in model.named_parameters() if n.endswith(("weight", "weight.original")) and p.dim() > 1}
+    masks = sapwood.Masks({name: torch.rand(weight.shape) > 0.5 for name, weight in weights.items()})
+    luck, before = torch.get_rng_state(), state_of(model)
+    with pytest.raises(UnsupportedModelError, match="Zeros in the parameter"):
+        sapwood.attach(masks, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert_untouched(model, before)
+    assert torch.equal(luck, torch.get_rng_state())
+
+
+def test_weight_norm_may_be_attached_to_masks_that_leave_every_unit_a_weight():
+    model = parametrizations.weight_norm(nn.Linear(6, 3))
+    name = "parametrizations.weight.original1"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    some = torch.arange(18).reshape(3, 6) % 2 == 0
+    sapwood.attach(sapwood.Masks({name: some}), model, optimizer)
+    assert not model.weight[~some].any()
+    with pytest.raises(UnsupportedModelError, match="0/0"):
+        sapwood.attach(sapwood.Masks({name: some & (torch.arange(3) > 0)[:, None]}), model, optimizer)
+
+
 def test_a_layer_that_cannot_be_run_alone_is_named():
     class Odd(nn.Linear):
         def forward(self, x, table):

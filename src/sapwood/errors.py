@@ -17,6 +17,10 @@ class UnsupportedModelError(SapwoodError):
     """The model (or one of its layers) cannot be pruned by this method."""
 
 
+class ZerosLostError(UnsupportedModelError):
+    """Zeros of a parameter are no zeros of the weight that its layer applies."""
+
+
 class ForwardError(UnsupportedModelError):
     """The model's forward failed on an input."""
 

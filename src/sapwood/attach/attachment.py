@@ -16,6 +16,7 @@ from sapwood.attach.stepping import is_optimizer, masked, watch, with_inner, zer
 from sapwood.errors import MaskError
 from sapwood.masks import Masks
 from sapwood.names import Names, named_parameters
+from sapwood.witness import refuse_lost_zeros
 
 
 @runtime_checkable
@@ -147,6 +148,7 @@ def attach(
 
     Raises:
         MaskError: the masks do not fit the model, or no optimizer holds a masked parameter that requires grad.
+        ZerosLostError: a layer applies a weight in which the zeros of its parameter are none.
     """
     result = None if isinstance(masks, Masks) else _result(masks)
     names = Names.of(model)
@@ -157,6 +159,8 @@ def attach(
     if optimizer is not None:
         _check_held(parameters, optimizers)
     _check_free(parameters, owners)
+    if not any(map(is_sharded, parameters.values())):
+        refuse_lost_zeros(model, chosen)
 
     if result is not None and result.params is not None:
         _load(result, model, parameters)

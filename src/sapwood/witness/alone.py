@@ -7,15 +7,15 @@ other is run alone, on an input of the shape that its base class takes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
-from sapwood.errors import SapwoodError, SapwoodWarning
-from sapwood.isolation import skeleton
+from sapwood.errors import SapwoodError, SapwoodWarning, ZerosLostError
+from sapwood.isolation import RandomState, skeleton
 from sapwood.prunable import all_weights
 from sapwood.witness.applied import Applied
 from sapwood.witness.masking import half_pruned, masked_like, written_into
@@ -31,17 +31,9 @@ def look_at_layers(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         UnsupportedModelError: zeros of a weight are lost before it is applied, or its layer writes into it.
     """
-    wanted = set(names)
-    by_layer: dict[int, tuple[nn.Module, list[str]]] = {}
-    for weight in all_weights(model):
-        for owner in weight.owners:
-            if weight.name in wanted and not _is_plain(owner):
-                by_layer.setdefault(id(owner), (owner, []))[1].append(weight.name)
-
-    tensors = {weight.name: weight.tensor for weight in all_weights(model)}
     unseen: list[str] = []
-    for layer, masked in by_layer.values():
-        unseen += _unseen(layer, {name: tensors[name] for name in masked})
+    for layer, named in _layers(model, names):
+        unseen += _unseen(layer, named, {name: half_pruned(tensor) for name, tensor in named.items()})
 
     if unseen:
         warnings.warn(
@@ -52,6 +44,39 @@ def look_at_layers(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def refuse_lost_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Refuses masks whose zeros a layer loses before it applies its weight; of layers that do not run alone, nothing.
+
+    Args:
+        model: The module; nothing of it changes, nor does the random state.
+        masks: What is kept, by clean name.
+
+    Raises:
+        ZerosLostError: zeros of a weight are lost.
+    """
+    for layer, named in _layers(model, masks):
+        before = RandomState.now(next(iter(named.values())).device)
+        try:
+            _unseen(layer, named, {name: masks[name].logical_not().to(t.device) for name, t in named.items()})
+        except ZerosLostError:
+            raise
+        except SapwoodError:  # it cannot be copied, runs on tensors elsewhere, or writes into its weight
+            continue
+        finally:
+            before.restore()
+
+
+def _layers(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The layers that are not torch's own as it made them, each with those of the named weights that it owns."""
+    wanted = set(names)
+    found: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
+    for weight in all_weights(model):
+        for owner in weight.owners:
+            if weight.name in wanted and not _is_plain(owner):
+                found.setdefault(id(owner), (owner, {}))[1][weight.name] = weight.tensor
+    return list(found.values())
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer is torch's own and as torch made it."""
     own = type(layer).__module__.startswith("torch.nn.modules.")
@@ -59,11 +84,10 @@ def _is_plain(layer: nn.Module) -> bool:
     return own and "forward" not in vars(layer) and not hooks
 
 
-def _unseen(layer: nn.Module, named: dict[str, Tensor]) -> list[str]:
+def _unseen(layer: nn.Module, named: dict[str, Tensor], pruned: dict[str, Tensor]) -> list[str]:
     """Names of the weights of a layer that did not arrive anywhere when it ran alone."""
     local = {id(tensor): name for name, tensor in layer.named_parameters()}
     weights = {name: _readable(tensor) for name, tensor in named.items()}
-    pruned = {name: half_pruned(weight) for name, weight in weights.items()}
     masked = {name: masked_like(weight, pruned[name]) for name, weight in weights.items()}
     copy = skeleton(layer).eval()
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sapwood.errors import UnsupportedModelError
+from sapwood.errors import UnsupportedModelError, ZerosLostError
 
 WEIGHT_SECOND = frozenset((
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -74,7 +74,8 @@ class Applied(TorchFunctionMode):
         """Makes the call, and notes what comes out of it.
 
         Raises:
-            UnsupportedModelError: a weight arrives whose zeros are gone, or the call is on a tensor of the user's.
+            ZerosLostError: a weight arrives whose zeros are gone.
+            UnsupportedModelError: the call is on a tensor of the user's.
         """
         kwargs = kwargs or {}
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -116,7 +117,7 @@ class Applied(TorchFunctionMode):
             if lost:
                 empty = "it divides by the norm of a unit, 0/0 where none of its weights is left (weight_norm)"
                 other = "it is computed from the parameter (standardised, parametrized, added to, quantised)"
-                raise UnsupportedModelError(
+                raise ZerosLostError(
                     f"Zeros in the parameter {lost!r} are no zeros in the weight that {_name(func)} applies: "
                     f"{empty if bool(tensor.isnan().any()) else other}. Replace the layer by a plain one, remove the "
                     f"parametrization, or leave it dense with exclude=({lost!r},)."
