@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from hypothesis import settings
 
 
 def _declare_torchvision_schemas() -> None:
@@ -23,6 +24,9 @@ try:
 except RuntimeError:
     _declare_torchvision_schemas()
 
+
+settings.register_profile("steady", derandomize=True)  # a failure is there for everybody, or for nobody
+settings.load_profile("steady")
 
 torch.set_num_threads(1)  # tiny nets: a second thread only waits, and for ages when the cores are shared
 

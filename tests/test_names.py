@@ -108,7 +108,8 @@ def test_every_call_that_takes_masks_sees_through_any_nest(tree, seed):
     assert result.masks == masks and result.masks.provenance["fingerprint"] == masks.provenance["fingerprint"]
     assert list(prunable(model)) == list(masks)
     first = next(iter(Names.of(model).raw.values()))  # torch's name of it
-    assert len(masks) == 1 or list(prunable(model, exclude=first)) == list(masks)[1:]
+    if len(masks) > 1 and first not in list(masks)[1:]:  # else it is another weight's name without wrappers, too
+        assert list(prunable(model, exclude=first)) == list(masks)[1:]
 
     shared = {"input_shape": (3,)}
     assert effective(model, masks, **shared) == effective(plain, masks, **shared)
